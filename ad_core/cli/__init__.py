@@ -1,0 +1,1 @@
+"""The command `ad`. Importing it imports no torch, and no command before it is called."""

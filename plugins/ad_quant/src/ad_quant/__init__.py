@@ -1,0 +1,1 @@
+"""Checkpoint schemes. The plugin module is `ad_quant.plugin`."""
