@@ -1,0 +1,1 @@
+"""Compile backends: from the last graph to something callable."""

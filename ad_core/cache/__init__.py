@@ -1,0 +1,1 @@
+"""What mixers keep between steps: batch metadata, pools, pages and slots, prefixes, and the one insertion pass."""

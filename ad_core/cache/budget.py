@@ -1,0 +1,64 @@
+"""From a number of bytes to numbers of pages and slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ad_core.api.errors import OutOfMemoryBudgetError
+from ad_core.api.types import Limits
+from ad_core.cache.spec import CacheSpec
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True)
+class PoolSizes:
+    """How many pages each group has and how many slots there are, null ones included, and what that takes in bytes."""
+
+    num_pages: tuple[int, ...]
+    num_slots: int
+    num_bytes: int
+
+    def capacity_tokens(self, page_size: int) -> int:
+        """Tokens that the smallest unwindowed group holds (of all groups, if each has a window)."""
+        return min((pages - 1) * page_size for pages in self.num_pages) if self.num_pages else 0
+
+
+def sizes_for(spec: CacheSpec, limits: Limits, memory: int) -> PoolSizes:
+    """The largest pools that fit into `memory` bytes and that the limits can make use of.
+
+    Slots come first, one a running sequence. A windowed group never needs more than the window and one step's tokens a
+    sequence; what is left is divided so that every unwindowed token finds its pages. Raises `OutOfMemoryBudgetError` if
+    not even one sequence of one page fits.
+    """
+    num_slots = limits.max_sequences + 1 if spec.slot_bytes else 0
+    fixed = num_slots * spec.slot_bytes
+
+    def pages_for(blocks: int) -> tuple[int, ...]:
+        """Pages of each group for `blocks` pages' worth of tokens over all sequences, the null page included."""
+        pages = []
+        for group in spec.groups:
+            wanted = blocks
+            if group.window is not None:
+                a_sequence = -(-(group.window + limits.max_tokens) // spec.page_size) + 1
+                wanted = min(blocks, limits.max_sequences * min(a_sequence, limits.max_pages))
+            pages.append(wanted + 1)
+        return tuple(pages)
+
+    def bytes_for(blocks: int) -> int:
+        return fixed + sum(count * group.page_bytes for count, group in zip(pages_for(blocks), spec.groups, strict=True))
+
+    low, high = 1, limits.max_sequences * limits.max_pages
+    if bytes_for(low) > memory:
+        raise OutOfMemoryBudgetError(
+            f"the memory budget of {memory / MIB:.1f} MiB cannot hold the cache",
+            why=f"one page of each pool and the states of {limits.max_sequences} sequences take {bytes_for(low) / MIB:.1f} MiB",
+            hint="raise `memory`, or lower `max_requests` or `page_size`",
+        )
+    while low < high:  # the most blocks that fit: bytes grow with blocks
+        middle = (low + high + 1) // 2
+        if bytes_for(middle) <= memory:
+            low = middle
+        else:
+            high = middle - 1
+    return PoolSizes(pages_for(low), num_slots, bytes_for(low))
