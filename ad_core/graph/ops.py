@@ -48,7 +48,7 @@ def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., An
                 hint="give the new op a name of its own",
             )
         return earlier.overload
-    if torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CompositeExplicitAutograd") or _exists(namespace, name):
+    if _exists(namespace, name):
         raise OpDefinitionError(f"the op {qualified} exists already", why="it was defined outside of define_op", hint="choose another namespace")
     library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
     library.define(schema[len(namespace) + 2 :])
