@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from ad_core.api.errors import ConfigError
+from ad_core.api.errors import ConfigError, nearest
 from ad_core.api.types import PluginInfo
 
 _UNITS = {
@@ -167,12 +166,6 @@ def plugin_options(sections: Mapping[str, Mapping[str, Any]], infos: Iterable[Pl
         except ValidationError as error:
             raise _explain(error, info.config, "the plugin's options", ("plugins", name)) from None
     return options
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that a person who typed `word` most likely meant."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return close[0] if close else None
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str | None:

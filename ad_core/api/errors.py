@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word that a person who typed `word` most likely meant, for the hint of an error."""
+    import difflib
+
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return close[0] if close else None
 
 
 class AdError(Exception):
