@@ -1,0 +1,52 @@
+# make demo    real weights through our own captured, cached and compiled graph
+# make test    the tests of the core and of every plugin
+# make lint    style, types, and who may import whom
+# make wheels  every distribution, into dist/
+#
+# Each installs what it needs into .venv first; the second run finds it there.
+
+VENV     ?= .venv
+PYTHON   ?= python3
+WEIGHTS  ?= .weights
+PYTEST   ?= -q
+# The packages ask for torch>=2.11; these are the versions that are tested. Torch comes first, so that nothing else picks
+# one, and triton without its dependencies, because it works with any torch.
+TORCH    ?= torch==2.13.0
+TRITON   ?= triton==3.6.0
+
+BIN      := $(VENV)/bin
+READY    := $(VENV)/.ready
+MODEL    := $(WEIGHTS)/SmolLM2-135M-Instruct.Q4_1.gguf
+PACKAGES := . plugins/ad_attention plugins/ad_quant
+
+.PHONY: demo test lint wheels clean
+
+demo: $(READY) $(MODEL)
+	$(BIN)/python examples/demo.py $(MODEL)
+
+test: $(READY) $(MODEL)
+	$(BIN)/python -m pytest $(PYTEST)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+wheels: $(READY)
+	rm -rf dist
+	for package in $(PACKAGES); do $(BIN)/python -m build --outdir dist $$package || exit 1; done
+
+$(READY): requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.toml)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(TRITON)
+	touch $@
+
+$(MODEL): | $(READY)
+	$(BIN)/python tools/fetch_weights.py $(WEIGHTS)
+
+clean:
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
