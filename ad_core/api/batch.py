@@ -42,6 +42,7 @@ class BatchView(Protocol):
     num_decodes: int
     max_query_len: int
     max_seq_len: int
+    page_size: int
 
     def host(self, name: str) -> torch.Tensor:
         """The field as a CPU tensor, without padding. Not to be written."""

@@ -43,6 +43,7 @@ class Batch:
         self.max_query_len = counts["max_query_len"]
         self.max_seq_len = counts["max_seq_len"]
         self.num_outputs = counts["num_outputs"]
+        self.page_size = counts["page_size"]
 
     def device_field(self, name: str, group: int = 0) -> torch.Tensor:
         """The field on the model's device; `group` matters for the fields of a page group."""
@@ -79,6 +80,10 @@ class GroupView:
     @property
     def max_seq_len(self) -> int:
         return self.batch.max_seq_len
+
+    @property
+    def page_size(self) -> int:
+        return self.batch.page_size
 
     def host(self, name: str) -> torch.Tensor:
         return self.batch.host_field(name, self.group)
@@ -149,6 +154,7 @@ class BatchBuilder:
             "max_query_len": int(lengths.max()),
             "max_seq_len": int((contexts + lengths).max()),
             "num_outputs": wanted,
+            "page_size": page_size,
         }
         return self._views(counts)
 
