@@ -1,0 +1,179 @@
+"""From an exported program to the plain graph that everything after capture works on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, OutputKind
+from torch.fx import Graph, GraphModule, Node
+
+from ad_core.api.errors import CaptureError
+from ad_core.capture.repeats import MARK, RepeatPlan, TracedBlock, traced_blocks
+
+_DROPPED = frozenset(
+    {
+        torch.ops.aten._assert_tensor_metadata.default,
+        torch.ops.aten._assert_scalar.default,
+        torch.ops.aten._assert_async.msg,
+        torch.ops.aten.sym_constrain_range_for_size.default,
+        torch.ops.aten.sym_constrain_range.default,
+    }
+)
+"""Checks of what the trace assumed of shapes and dtypes. The capture verifier checks numbers at other shapes instead."""
+
+
+def flatten(program: ExportedProgram, module: nn.Module, prefix: str, names: list[str], plan: RepeatPlan) -> GraphModule:
+    """The program as one `GraphModule` with plain inputs `names` in order and one output.
+
+    Weights are `get_attr` nodes under the names they have in `module`, and the graph holds the module's own tensors (meta or real), not
+    copies. `prefix` is what the exported wrapper put before those names. Blocks that were skipped are filled in from
+    `plan`. Metas kept: `val`, `nn_module_stack` (paths of `module`), `stack_trace`. Raises `CaptureError` if the forward writes to
+    buffers, `RepeatError` if the marks of blocks are not as planned.
+    """
+    writes = [spec for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    if writes:
+        raise CaptureError(
+            f"the forward of {type(module).__name__} writes to what it keeps: {', '.join(str(spec.target).removeprefix(prefix) for spec in writes)}",
+            why="a graph of one forward has no memory between calls",
+            hint="make the forward compute the value anew, or do not store it",
+        )
+    return _Flattener(program, module, prefix, names, plan).run()
+
+
+class _Flattener:
+    def __init__(self, program: ExportedProgram, module: nn.Module, prefix: str, names: list[str], plan: RepeatPlan):
+        self._program, self._module, self._prefix, self._names, self._plan = program, module, prefix, names, plan
+        self._graph = Graph()
+        self._env: dict[Node, Node] = {}
+        self._paths: dict[Node, str] = {}
+        self._weights: dict[str, Node] = {}
+        self._attributes: dict[str, Any] = {}
+
+    def run(self) -> GraphModule:
+        nodes = list(self._program.graph.nodes)
+        blocks = traced_blocks(nodes, self._plan)
+        self._inputs(nodes)
+        copies: dict[int, Callable[[Node], Node]] = {}
+        for node in nodes:
+            if node.op == "placeholder" or node.target in _DROPPED:
+                continue
+            if node.op == "output":
+                (result,) = node.args[0]
+                self._graph.output(self._get(result))
+            elif node.target is not MARK:
+                self._env[node] = self._copy(node, self._get)
+            else:
+                self._unmark(node, blocks, copies)
+        self._graph.eliminate_dead_code()
+        used = {node.target for node in self._graph.nodes if node.op == "get_attr"}
+        attributes = {name: tensor for name, tensor in self._attributes.items() if name in used}
+        graph_module = GraphModule(attributes, self._graph, class_name=type(self._module).__name__)
+        graph_module.graph.lint()
+        return graph_module
+
+    def _inputs(self, nodes: list[Node]) -> None:
+        specs = {spec.arg.name: spec for spec in self._program.graph_signature.input_specs}
+        names = iter(self._names)
+        for node in nodes:
+            if node.op != "placeholder":
+                continue
+            spec = specs[node.name]
+            if spec.kind is InputKind.USER_INPUT:
+                if node.users or node.meta.get("val") is not None:
+                    placeholder = self._graph.placeholder(next(names))
+                    placeholder.meta = {"val": node.meta["val"]}
+                    self._env[node] = placeholder
+            elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+                path = str(spec.target)
+                if path.startswith(self._prefix):
+                    self._paths[node] = path.removeprefix(self._prefix)
+                else:  # a constant that tracing lifted has a name of its own
+                    self._paths[node] = path.replace(".", "_")
+                    self._attributes[self._paths[node]] = self._program.constants[path]
+            else:
+                raise CaptureError(f"the exported graph has an input of kind {spec.kind.name}: {spec.target}", hint="only tensors can be captured")
+
+    def _get(self, node: Node) -> Node:
+        if node in self._paths:
+            return self._weight(self._paths[node], node)
+        return self._env[node]
+
+    def _weight(self, path: str, like: Node) -> Node:
+        """The one `get_attr` node of a weight, made where it is first used."""
+        if path not in self._weights:
+            if path not in self._attributes:
+                self._attributes[path] = _tensor_at(self._module, path, self._program.constants.get(self._prefix + path))
+            node = self._graph.get_attr(path)
+            node.meta = {"val": like.meta["val"]}
+            self._weights[path] = node
+        return self._weights[path]
+
+    def _copy(self, node: Node, get: Callable[[Node], Node], old: str = "", new: str = "") -> Node:
+        copy = self._graph.node_copy(node, get)
+        copy.meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
+        copy.meta["nn_module_stack"] = self._module_stack(node, old, new)
+        return copy
+
+    def _module_stack(self, node: Node, old: str, new: str) -> dict[str, tuple[str, str]]:
+        """By path: (path, class). The wrapper is left out, and of a copied block the paths are its own."""
+        stack = {}
+        for path, kind in (node.meta.get("nn_module_stack") or {}).values():
+            if not (path + ".").startswith(self._prefix):
+                continue
+            path = path.removeprefix(self._prefix.rstrip(".")).removeprefix(".")
+            if old and (path == old or path.startswith(old + ".")):
+                path = new + path.removeprefix(old)
+            stack[path] = (path, kind)
+        return stack
+
+    def _unmark(self, node: Node, blocks: dict[int, TracedBlock], copies: dict[int, Callable[[Node], Node]]) -> None:
+        like, inputs, number, _ = node.args
+        if number not in self._plan.models:
+            self._env[node] = self._get(like)  # type: ignore[arg-type]
+            return
+        block = blocks[self._plan.models[number]]  # type: ignore[index]
+        if number not in copies:
+            copies[number] = self._copy_block(number, block, inputs)  # type: ignore[arg-type, index]
+        original = block.outputs[node.args[3]]  # type: ignore[index]
+        self._env[node] = copies[number](original)  # type: ignore[index]
+
+    def _copy_block(self, number: int, block: TracedBlock, inputs: list[Node]) -> Callable[[Node], Node]:
+        old, new = self._plan.copied_path(number)
+        leaves = self._plan.varying[self._plan.models[number]]
+        local = {block.inputs[leaf]: self._get(node) for leaf, node in zip(leaves, inputs, strict=True) if leaf in block.inputs}
+
+        def get(node: Node) -> Node:
+            if node in local:
+                return local[node]
+            path = self._paths.get(node, "")
+            if path.startswith(old + "."):
+                return self._weight(new + path.removeprefix(old), node)
+            return self._get(node)
+
+        for node in block.nodes:
+            if node.target in _DROPPED:
+                continue
+            if _is_size(node) and all(get(parent) is self._get(parent) for parent in node.all_input_nodes):
+                local[node] = self._env[node]  # sizes are the same in every block: tracing computes them once
+            else:
+                local[node] = self._copy(node, get, old, new)
+        return get
+
+
+def _is_size(node: Node) -> bool:
+    return not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+
+
+def _tensor_at(module: nn.Module, path: str, constant: torch.Tensor | None) -> torch.Tensor:
+    owner, _, name = path.rpartition(".")
+    try:
+        tensor = getattr(module.get_submodule(owner), name)
+    except AttributeError:
+        tensor = constant
+    if not isinstance(tensor, torch.Tensor):
+        raise CaptureError(f"the graph reads {path!r}, which is no tensor of {type(module).__name__}")
+    return tensor
