@@ -23,7 +23,7 @@ class Seam(ABC):
 
     name: str
     produces: str
-    """The canonical op: "ad_attention::attention"."""
+    """The canonical op: "ad_toy::mix"."""
     transformers: str = ">=5.17"
     """Versions for which it is known to hold. Outside, it is not used, and `ad doctor` reports it."""
 

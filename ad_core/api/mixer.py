@@ -26,11 +26,11 @@ class Kernel(ABC):
     """
 
     name: str
-    """"mamba.ssd.triton"."""
+    """"toy.mix.triton"."""
     target: str
-    """The canonical op that it serves: "ad_mamba::ssd"."""
+    """The canonical op that it serves: "ad_toy::mix"."""
     op: str
-    """The cached op: "ad_mamba::ssd_triton"."""
+    """The cached op: "ad_toy::mix_triton"."""
     priority: int = 0
     """0 reference, 100 portable, 200 vendor."""
     devices: frozenset[str] = frozenset({"cpu", "cuda"})
@@ -60,7 +60,7 @@ class CanonicalOp(ABC):
     """A canonical op: stateless, causal, whole sequence in, whole sequence out. The semantic truth of a computation."""
 
     name: str
-    """"mamba.ssd"."""
+    """"toy.mix"."""
     op: OpOverload
     """Made by `ad_core.graph.define_op(schema, reference, fake)`."""
     roles: Mapping[str, Role]

@@ -35,7 +35,7 @@ def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., An
     namespace, separator, name = qualified.partition("::")
     if not separator or not name.isidentifier() or not namespace.isidentifier():
         raise OpDefinitionError(
-            f"an op's schema must start with namespace::name, not {qualified!r}", hint='define_op("ad_mamba::ssd(Tensor x) -> Tensor", ...)'
+            f"an op's schema must start with namespace::name, not {qualified!r}", hint='define_op("ad_toy::mix(Tensor x) -> Tensor", ...)'
         )
     source = _source(reference)
     earlier = _DEFINED.get(qualified)
@@ -60,7 +60,7 @@ def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., An
 
 
 def find_op(qualified: str) -> OpOverload:
-    """The op of a name such as "ad_mamba::ssd". Raises `OpDefinitionError` if nobody defined it."""
+    """The op of a name such as "ad_toy::mix". Raises `OpDefinitionError` if nobody defined it."""
     namespace, _, name = qualified.partition("::")
     if not _exists(namespace, name):
         raise OpDefinitionError(f"there is no op {qualified}", hint="the plugin that defines it must be imported first")
@@ -69,7 +69,7 @@ def find_op(qualified: str) -> OpOverload:
 
 
 def qualified_name(op: Any) -> str:
-    """ "ad_mamba::ssd" of an overload; the empty string of anything else."""
+    """ "ad_toy::mix" of an overload; the empty string of anything else."""
     return op._schema.name if isinstance(op, OpOverload) else ""
 
 

@@ -133,7 +133,7 @@ class Registry:
         return next((record for record in named if record.state is State.LOADED), named[0] if named else None)
 
     def owner(self, op: str) -> PluginRecord | None:
-        """The loaded plugin whose op namespace holds `op` ("ad_mamba::ssd")."""
+        """The loaded plugin whose op namespace holds `op` ("ad_toy::mix")."""
         namespace = op.partition("::")[0]
         return next((record for record in self._loaded() if record.info and namespace in record.info.op_namespaces), None)
 

@@ -47,7 +47,7 @@ def name_of(item: Any) -> str:
 
 
 def op_name(item: CanonicalOp) -> str:
-    """ "ad_mamba::ssd" of a canonical op. Asks the overload itself, so torch need not be imported here."""
+    """ "ad_toy::mix" of a canonical op. Asks the overload itself, so torch need not be imported here."""
     return str(item.op._schema.name)
 
 
