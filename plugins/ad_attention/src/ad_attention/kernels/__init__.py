@@ -1,0 +1,1 @@
+"""The cached forms of the canonical op, one file a backend."""
