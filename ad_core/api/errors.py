@@ -133,6 +133,10 @@ class QueueFull(AdError):
         )
 
 
+class RequestFailedError(AdError):
+    """One request cannot go on (its logits are not numbers, its text cannot be decoded); the others are untouched."""
+
+
 class OutOfMemoryBudgetError(AdError):
     """The memory budget cannot hold even one page or slot of each pool."""
 
