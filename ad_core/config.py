@@ -153,7 +153,7 @@ def plugin_options(sections: Mapping[str, Mapping[str, Any]], infos: Iterable[Pl
                 where=f"plugins.{name}",
                 hint=_did_you_mean(name, known) or "`ad plugins` shows what is installed and why it may not be loaded",
             )
-    options = {}
+    options: dict[str, dict[str, Any]] = {}
     for name, info in known.items():
         section = dict(sections.get(name, {}))
         if info.config is None:

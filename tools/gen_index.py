@@ -1,7 +1,7 @@
 """Writes the index of known plugins from the plugins of this repository and tools/known_plugins.toml.
 
-    python tools/gen_index.py            writes ad_core/registry/known_plugins.json
-    python tools/gen_index.py --check    fails if it would change
+python tools/gen_index.py            writes ad_core/registry/known_plugins.json
+python tools/gen_index.py --check    fails if it would change
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
-        rows = [(finding.level, finding.subject, finding.what) for finding in findings]
+        rows: list[tuple[str, ...]] = [(finding.level, finding.subject, finding.what) for finding in findings]
         for line, finding in zip(table(rows), findings, strict=True):
             typer.echo(line)
             if finding.fix:
@@ -112,7 +112,8 @@ def _seams(registry: Registry) -> Iterator[Finding]:
         try:
             holds = SpecifierSet(offer.item.transformers).contains(installed, prereleases=True)
         except InvalidSpecifier:
-            yield Finding("error", f"{offer.plugin} {offer.distribution}", f"the seam {offer.item.name} names no versions: {offer.item.transformers!r}")
+            what = f"the seam {offer.item.name} names no versions: {offer.item.transformers!r}"
+            yield Finding("error", f"{offer.plugin} {offer.distribution}", what)
             continue
         if not holds:
             what = f"the seam {offer.item.name} is for transformers {offer.item.transformers}, found {installed}: it is not used"
@@ -125,7 +126,8 @@ def _stale_sources() -> Iterator[Finding]:
         try:
             project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
         except (OSError, KeyError, tomllib.TOMLDecodeError):
-            yield Finding("error", distribution.name, f"its source at {folder} is gone or unreadable", f"{sys.executable} -m pip uninstall {distribution.name}")
+            fix = f"{sys.executable} -m pip uninstall {distribution.name}"
+            yield Finding("error", distribution.name, f"its source at {folder} is gone or unreadable", fix)
             continue
         reasons = list(_differences(distribution, project))
         if reasons:

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if words in (["plugins"], ["plugins", "--json"]):
-            print(_listing("--json" in words))
+            print(_listing("--json" in words), flush=True)
         else:
             build(_wanted(words))(args=words, prog_name="ad")
     except AdError as error:

@@ -6,10 +6,11 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import unquote, urlsplit
 
 import importlib_metadata
+from importlib_metadata import Distribution
 from packaging.utils import canonicalize_name
 
 from ad_core.api.types import ENTRY_POINT_GROUP
@@ -42,8 +43,8 @@ def scan() -> list[Found]:
     Of a distribution that is found twice (a link, a leftover of an older install) the first on the path counts, as it
     does for `import`. A plugin that serves several versions of the contract is listed for ours.
     """
-    first: dict[str, importlib_metadata.Distribution] = {}
-    for distribution in importlib_metadata.distributions():
+    first: dict[str, Distribution] = {}
+    for distribution in _distributions():
         if _mentions_us(distribution):
             first.setdefault(_name(distribution), distribution)
     found = [entry for name, distribution in first.items() for entry in _plugins_of(name, distribution)]
@@ -52,10 +53,10 @@ def scan() -> list[Found]:
     return in_order(found)
 
 
-def installed_as_source() -> list[tuple[importlib_metadata.Distribution, Path]]:
+def installed_as_source() -> list[tuple[Distribution, Path]]:
     """Distributions of ours and of plugins that are installed editable, with the folder of their source."""
     sources = []
-    for distribution in importlib_metadata.distributions():
+    for distribution in _distributions():
         if not (_mentions_us(distribution) or _name(distribution) == "ad-core"):
             continue
         origin = json.loads(distribution.read_text("direct_url.json") or "{}")
@@ -70,21 +71,25 @@ def in_order(found: Iterable[Found]) -> list[Found]:
     return [unique[key] for key in sorted(unique)]
 
 
-def _mentions_us(distribution: importlib_metadata.Distribution) -> bool:
+def _distributions() -> Iterable[Distribution]:
+    return cast("Iterable[Distribution]", importlib_metadata.distributions())  # a finder may bring its own class
+
+
+def _mentions_us(distribution: Distribution) -> bool:
     try:
         return GROUP_PREFIX in (distribution.read_text("entry_points.txt") or "")
     except UnicodeDecodeError:  # not ours: the names of our groups are plain ASCII
         return False
 
 
-def _name(distribution: importlib_metadata.Distribution) -> str:
+def _name(distribution: Distribution) -> str:
     try:
         return canonicalize_name(distribution.metadata["Name"])
     except Exception:  # no METADATA, or none that can be read; the folder still has a name
         return canonicalize_name(str(getattr(distribution, "_path", "unknown")).rpartition("/")[2].partition("-")[0])
 
 
-def _plugins_of(name: str, distribution: importlib_metadata.Distribution) -> Iterable[Found]:
+def _plugins_of(name: str, distribution: Distribution) -> Iterable[Found]:
     try:
         version, requires = distribution.version, tuple(distribution.requires or ())
         entries = [entry for entry in distribution.entry_points if entry.group.startswith(GROUP_PREFIX)]

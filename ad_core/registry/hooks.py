@@ -29,7 +29,8 @@ def implemented(module: Any) -> tuple[str, ...]:
     for attribute, hook, marked in _candidates(module):
         if hook not in HOOKS:
             close = nearest(hook, HOOKS)
-            raise HookError(f"it has an unknown hook {hook!r}" + (f"; did you mean {close!r}?" if close else f"; known are {', '.join(HOOKS)}"))
+            help = f"did you mean {close!r}?" if close else f"known are {', '.join(HOOKS)}"
+            raise HookError(f"it has an unknown hook {hook!r}; {help}")
         if not marked:
             raise HookError(f"its function {attribute!r} is not marked with @hookimpl, so it would never be called")
         names.append(hook)

@@ -64,12 +64,13 @@ def install_hint(
 def _step(plugin: KnownPlugin, registry: Registry | None) -> str:
     record = registry.find(plugin.distribution) or registry.find(plugin.name) if registry else None
     if record is not None:
-        return "" if record.state is State.LOADED else f"{record.distribution} is installed but {record.state}: {record.reason}; {record.fix}"
+        mend = f"{record.distribution} is installed but {record.state}: {record.reason}; {record.fix}"
+        return "" if record.state is State.LOADED else mend
     if plugin.available:
         return f"{pip_install(plugin.distribution)}   ({plugin.summary})"
     return f"it belongs to the plugin {plugin.distribution} ({plugin.summary}), which is planned and cannot be installed yet"
 
 
 def _entry(name: str, fields: Mapping[str, Any]) -> KnownPlugin:
-    values = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}
     return KnownPlugin(name=name, **values)

@@ -9,7 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ad_core.api.errors import PluginError
 from ad_core.api.loading import CompileBackend, Loader
@@ -21,11 +21,13 @@ from ad_core.registry import hooks
 from ad_core.registry.controls import Controls
 from ad_core.registry.discovery import scan
 from ad_core.registry.loading import GIVEN, broken, conflicting, given, load_plugins
-from ad_core.registry.records import Item, Offer, PluginRecord, State
+from ad_core.registry.records import Offer, PluginRecord, State
 from ad_core.registry.validate import name_of, op_name
 
 if TYPE_CHECKING:
     import typer
+
+Kind = TypeVar("Kind")
 
 log = logging.getLogger("ad_core")
 
@@ -95,7 +97,10 @@ class Registry:
         """The same registry in another process. Raises `PluginError` if other plugins or versions are installed here."""
         extra = [importlib.import_module(name) for name in spec.modules]
         installed = [name for name, _, _, value, _ in spec.plugins if value not in spec.modules]
-        registry = cls.load(allow=installed, extra=extra, strict=spec.strict) if spec.installed else cls.isolated(*extra, strict=spec.strict)
+        if spec.installed:
+            registry = cls.load(allow=installed, extra=extra, strict=spec.strict)
+        else:
+            registry = cls.isolated(*extra, strict=spec.strict)
         differing = set(spec.plugins) ^ set(registry.to_spec().plugins)
         if differing:
             lines = "; ".join(" ".join(entry) for entry in sorted(differing))
@@ -148,7 +153,7 @@ class Registry:
 
     def mixers(self) -> tuple[Offer[Mixer], ...]:
         """Canonical ops that keep memory."""
-        return tuple(offer for offer in self.canonical_ops() if isinstance(offer.item, Mixer))  # type: ignore[misc]
+        return tuple(_narrowed(self.canonical_ops(), Mixer))
 
     def ops(self) -> tuple[Offer[CanonicalOp], ...]:
         """Canonical ops without memory."""
@@ -168,11 +173,11 @@ class Registry:
 
     def matchers(self) -> tuple[Offer[Matcher], ...]:
         """Those of canonical ops, and those that plugins add to ops of others."""
-        return tuple(offer for offer in self._all_matchers() if isinstance(offer.item, Matcher))
+        return tuple(_narrowed(self._all_matchers(), Matcher))
 
     def seams(self) -> tuple[Offer[Seam], ...]:
         """Likewise."""
-        return tuple(offer for offer in self._all_matchers() if isinstance(offer.item, Seam))
+        return tuple(_narrowed(self._all_matchers(), Seam))
 
     def passes(self) -> tuple[Offer[Pass], ...]:
         """Passes of plugins; the core's own are not among them."""
@@ -264,6 +269,10 @@ class Registry:
         if self._strict:
             raise record.to_error() from record.error
         log.warning("ad: %s", record.line)
+
+
+def _narrowed(offers: Iterable[Offer[Any]], kind: type[Kind]) -> Iterator[Offer[Kind]]:
+    return (offer for offer in offers if isinstance(offer.item, kind))
 
 
 def isolated(*modules: Any, strict: bool = True) -> Registry:

@@ -85,4 +85,3 @@ def plugin() -> Callable[..., ModuleType]:
         return hook
 
     return plugin
-

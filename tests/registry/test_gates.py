@@ -29,7 +29,9 @@ def test_a_distribution_that_needs_another_core_is_not_imported(install, require
     assert module not in sys.modules
 
 
-@pytest.mark.parametrize("requirement", ["ad-core", "ad-core>=0.1,<99", "ad-core>=99; extra == 'later'", "ad-core>=99; python_version < '3'"])
+@pytest.mark.parametrize(
+    "requirement", ["ad-core", "ad-core>=0.1,<99", "ad-core>=99; extra == 'later'", "ad-core>=99; python_version < '3'"]
+)
 def test_a_requirement_that_holds_or_does_not_apply_lets_it_pass(install, requirement):
     install("toy", requires=[requirement])
     assert only(Registry.load()).state is State.LOADED

@@ -15,7 +15,9 @@ from ad_core.api.errors import PluginConflictError, PluginError
 from ad_core.graph.ops import define_op
 from ad_core.registry import Registry, State, isolated
 
-MIX = define_op("ad_toyreg::mix(Tensor x, Tensor weight, float scale=1.0) -> Tensor", lambda x, weight, scale=1.0: x.clone(), torch.empty_like)
+MIX = define_op(
+    "ad_toyreg::mix(Tensor x, Tensor weight, float scale=1.0) -> Tensor", lambda x, weight, scale=1.0: x.clone(), torch.empty_like
+)
 ROW = define_op("ad_toyreg::row(Tensor x) -> Tensor", lambda x: x.clone(), torch.empty_like)
 
 
