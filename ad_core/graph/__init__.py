@@ -1,0 +1,1 @@
+"""Graphs: defining ops, reading calls, small edits, the written spec, and the search for what mixes tokens."""
