@@ -1,0 +1,184 @@
+"""Attention of decode groups and of prefill chunks, in torch. No position is looked up here: keys come gathered.
+
+n decodes, m new tokens, L keys, R = H / G query heads share a key/value head; heads are kept apart as [G, R].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from ad_attention.kernels.torch_plan import FUSED, SPLIT
+from ad_attention.scores import first_visible, score_bias
+
+SCORE_BLOCK = 1 << 24
+"""Scores of a prefill chunk that exist at once, where a bias or a window needs them."""
+
+# Called directly: it returns the logarithm of the sum, and saves the choice of a backend, which costs as much as a decode's layer.
+fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+@dataclass(frozen=True)
+class Modifiers:
+    """The canonical op's arguments beside query, key and value."""
+
+    scale: float
+    window: int | None
+    chunk: int | None
+    softcap: float | None
+    sinks: torch.Tensor | None
+    alibi_slopes: torch.Tensor | None
+    rel_bias: torch.Tensor | None
+    buckets: torch.Tensor | None
+
+
+def decode(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, biases: Sequence[torch.Tensor], given: Modifiers, mode: int
+) -> torch.Tensor:
+    """query [n, H, D], keys [n, G, L, D], values [n, G, L, Dv] -> [n, H, Dv]. Each of `biases` broadcasts to [n, G, R, L].
+
+    FUSED: one call, half precision, no softcap. EXACT: batched products in float32 (or float64). SPLIT: batched bfloat16
+    products, which write bfloat16; so that scores keep float32's meaning, a second product gives what the first one rounded
+    away. Rounding the scores alone makes a model's bfloat16 logits five per cent worse.
+    """
+    n, H, D = query.shape
+    G, L = keys.shape[1:3]
+    if mode == FUSED:
+        bias = sum(biases[1:], start=biases[0]) if biases else None
+        out, lse = fused_cpu(query.view(n, G, H // G, D), keys, values, 0.0, False, attn_mask=bias, scale=given.scale)
+        out = out if given.sinks is None else _sink(out, lse[..., None], given.sinks)
+        return out.reshape(n, H, -1)
+    flat_keys = keys.reshape(n * G, L, D).transpose(1, 2)
+    flat_values = values.reshape(n * G, L, -1)
+    factor = given.scale if given.softcap is None else given.scale / given.softcap
+    if mode == SPLIT:
+        rows = query.view(n * G, -1, D)
+        high = torch.bmm(rows, flat_keys)
+        low = torch.baddbmm(high, rows, flat_keys, beta=-1)
+        scores = high.float().add_(low).mul_(factor)
+    else:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        flat_values = flat_values.to(dtype)
+        scores = torch.bmm(query.to(dtype).mul(factor).view(n * G, -1, D), flat_keys.to(dtype))
+    scores = scores.view(n, G, -1, L)
+    if given.softcap is not None:
+        scores.tanh_().mul_(given.softcap)
+    for bias in biases:
+        scores.add_(bias)
+    out = torch.bmm(scores.softmax(-1).to(flat_values.dtype).view(n * G, -1, L), flat_values).view(n, G, H // G, -1)
+    if given.sinks is not None:
+        out = _sink(out, scores.logsumexp(-1, keepdim=True), given.sinks)
+    return out.view(n, H, -1).to(query.dtype)
+
+
+def prefill(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cached: tuple[torch.Tensor, torch.Tensor] | None,
+    key_bias: torch.Tensor | None,
+    context: int,
+    given: Modifiers,
+) -> torch.Tensor:
+    """query [m, H, D], key [m, G, D], value [m, G, Dv]: m tokens from position `context` on -> [m, G, R, Dv].
+
+    `cached` are the visible keys [G, c, D] and values [G, c, Dv] just before them, None if there are none. `key_bias`
+    [c + m, G] covers both.
+    """
+    m = query.shape[0]
+    biased = given.alibi_slopes is not None or given.rel_bias is not None or key_bias is not None
+    first = first_visible(context, given.window, given.chunk)
+    uniform = first_visible(context + m - 1, given.window, given.chunk) == first  # all rows see the same context
+    plain = uniform and not biased and given.softcap is None and key.shape[2] == value.shape[2]
+    if plain and query.is_cpu:
+        return _prefill_fused(query, key, value, cached, given)
+    if plain and cached is None and given.sinks is None:
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=given.scale, enable_gqa=k.shape[1] != q.shape[1])
+        return out[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+    return _prefill_blocks(query, key, value, cached, key_bias, context, given)
+
+
+def _prefill_fused(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cached: tuple[torch.Tensor, torch.Tensor] | None, given: Modifiers
+) -> torch.Tensor:
+    """Context and chunk are two calls without a mask, joined by their sums. The query heads of a group are the batch, over which
+    keys and values repeat with stride 0."""
+    m, H, D = query.shape
+    G = key.shape[1]
+    rows = query.view(m, G, H // G, D).permute(2, 1, 0, 3)  # [R, G, m, D]
+    repeat = (H // G, -1, -1, -1)
+    k, v = (x.transpose(0, 1).expand(repeat) for x in (key, value))
+    out, lse = fused_cpu(rows, k, v, 0.0, True, attn_mask=None, scale=given.scale)
+    if cached is not None:
+        k, v = (x.expand(repeat) for x in cached)
+        before, before_lse = fused_cpu(rows, k, v, 0.0, False, attn_mask=None, scale=given.scale)
+        share = torch.sigmoid(before_lse - lse)[..., None]
+        out = out.to(share.dtype).lerp(before.to(share.dtype), share)
+        lse = torch.logaddexp(lse, before_lse)
+    out = out.permute(2, 1, 0, 3)
+    return out if given.sinks is None else _sink(out, lse.permute(2, 1, 0)[..., None], given.sinks)
+
+
+def _prefill_blocks(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cached: tuple[torch.Tensor, torch.Tensor] | None,
+    key_bias: torch.Tensor | None,
+    context: int,
+    given: Modifiers,
+) -> torch.Tensor:
+    """Blocks of query rows against the keys that any of them sees, with explicit biases."""
+    m, H, D = query.shape
+    G, Dv = value.shape[1:]
+    k, v = key.transpose(0, 1), value.transpose(0, 1)
+    if cached is not None:
+        k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)  # [G, L, D]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    fused = query.is_cpu and given.softcap is None and D == Dv
+    if not fused:
+        k, v = k.to(dtype), v.to(dtype)
+    rows = query.view(m, G, H // G, D)
+    out = query.new_empty(m, G, H // G, Dv)
+    origin = context + m - k.shape[1]  # the position of the first key
+    size = max(16, min(256, SCORE_BLOCK // (H * k.shape[1])))
+    for start in range(0, m, size):
+        stop = min(start + size, m)
+        low, high = first_visible(context + start, given.window, given.chunk), context + stop
+        seen = slice(low - origin, high - origin)
+        bias = score_bias(
+            torch.arange(context + start, high, device=query.device),
+            torch.arange(low, high, device=query.device),
+            dtype,
+            window=given.window,
+            chunk=given.chunk,
+            alibi_slopes=given.alibi_slopes,
+            rel_bias=given.rel_bias,
+            buckets=given.buckets,
+        )
+        bias = bias.unflatten(0, (G, -1)) if bias.dim() == 3 else bias  # [G, R, rows, keys] or [rows, keys]
+        if key_bias is not None:
+            bias = bias + key_bias[seen].to(dtype).t()[:, None, None]
+        if fused:
+            mask = bias.transpose(0, 1) if bias.dim() == 4 else bias
+            k_block, v_block = (x[:, seen].expand(H // G, -1, -1, -1) for x in (k, v))
+            block, lse = fused_cpu(rows[start:stop].permute(2, 1, 0, 3), k_block, v_block, 0.0, False, attn_mask=mask, scale=given.scale)
+            block, lse = block.permute(2, 1, 0, 3), lse.permute(2, 1, 0)[..., None]
+        else:
+            scores = rows[start:stop].to(dtype).permute(1, 2, 0, 3).reshape(G, -1, D) @ k[:, seen].transpose(1, 2) * given.scale
+            if given.softcap is not None:
+                scores = torch.tanh(scores / given.softcap) * given.softcap
+            scores = scores.view(G, H // G, stop - start, -1) + bias
+            block = (scores.softmax(-1).flatten(1, 2) @ v[:, seen]).view(G, H // G, stop - start, Dv).permute(2, 0, 1, 3)
+            lse = scores.logsumexp(-1, keepdim=True).permute(2, 0, 1, 3)
+        out[start:stop] = block if given.sinks is None else _sink(block, lse, given.sinks)
+    return out
+
+
+def _sink(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
+    """One more score a head, which takes its share of the sum and gives no value. `out` [..., G, R, Dv], `lse` [..., G, R, 1]."""
+    return out * torch.sigmoid(lse - sinks.to(lse.dtype).view(*lse.shape[-3:]))

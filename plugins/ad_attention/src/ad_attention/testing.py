@@ -1,0 +1,76 @@
+"""Cases for the conformance kit: every head layout and every modifier, alone and together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ad_core.testing import Case
+
+Extra = Callable[[torch.Generator, int, int, int, int], dict[str, Any]]
+"""(generator, B, S, H, G) -> modifiers in float32 by name."""
+
+
+def case(name: str, H: int, G: int, D: int, Dv: int, extra: Extra = lambda *_: {}) -> Case:
+    """Queries and keys large enough that a softmax has a favourite."""
+
+    def make(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+        def normal(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        arguments = {
+            "query": normal(batch, length, H, D),
+            "key": normal(batch, length, G, D),
+            "value": normal(batch, length, G, Dv),
+            "scale": 1.5 * D**-0.5,
+            **extra(generator, batch, length, H, G),
+        }
+        return {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
+
+    return Case(name, make)
+
+
+def _sinks(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
+    return {"sinks": torch.randn(H, generator=generator)}
+
+
+def _alibi(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
+    return {"alibi_slopes": 2.0 ** -torch.arange(1, H + 1)}
+
+
+def _t5(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
+    return {"rel_bias": torch.randn(H, 8, generator=generator), "rel_bias_rule": "t5:20"}
+
+
+def _clip(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
+    return {"rel_bias": torch.randn(H, 5, generator=generator), "rel_bias_rule": "clip"}
+
+
+def _key_bias(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
+    return {"key_bias": 2 * torch.randn(B, S, G, generator=generator)}
+
+
+def _everything(*sizes: Any) -> dict[str, Any]:
+    return {"window": 9, "chunk": 13, "softcap": 3.0, **_sinks(*sizes), **_alibi(*sizes), **_t5(*sizes), **_key_bias(*sizes)}
+
+
+CASES = [
+    case("mha", 2, 2, 16, 16),
+    case("gqa", 6, 2, 16, 16),
+    case("mqa", 4, 1, 16, 16),
+    case("wide_value", 4, 2, 8, 16),
+    case("narrow_value", 2, 2, 16, 8),
+    case("window", 4, 2, 16, 16, lambda *_: {"window": 5}),
+    case("window_one", 2, 1, 8, 8, lambda *_: {"window": 1}),
+    case("chunk", 4, 2, 16, 16, lambda *_: {"chunk": 6}),
+    case("softcap", 4, 2, 16, 16, lambda *_: {"softcap": 1.5}),
+    case("sinks", 4, 2, 16, 16, _sinks),
+    case("window_sinks", 4, 2, 16, 16, lambda *sizes: {"window": 7, **_sinks(*sizes)}),
+    case("alibi", 4, 2, 16, 16, _alibi),
+    case("t5", 4, 4, 16, 16, _t5),
+    case("clip", 4, 2, 16, 16, _clip),
+    case("key_bias", 4, 2, 16, 16, _key_bias),
+    case("everything", 4, 2, 16, 8, _everything),
+]

@@ -1,0 +1,10 @@
+"""The plugin against the core's conformance kit."""
+
+from ad_core.testing import MixerConformance
+
+
+class TestTorch(MixerConformance):
+    mixer = "ad_attention.mixer:Attention"
+    cases = "ad_attention.testing:CASES"
+    kernels = ("attention.softmax.torch",)
+    min_checks = 270
