@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,10 @@ class Checkpoint(ABC):
         Ties are not repeated. Raises `CheckpointError` for what is truncated or cannot be converted. The consumer checks
         names and shapes.
         """
+
+    def separate(self, model: nn.Module) -> Iterable[str]:
+        """Names that `model` ties to another and that the checkpoint stores with values of their own: they are untied."""
+        return ()
 
     def generation_defaults(self) -> dict[str, Any]:
         """`eos_token_id` and the like, if the checkpoint says."""

@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 
 from ad_core.capture.fakes import fake_weights
-from ad_core.capture.flatten import flatten
+from ad_core.capture.flatten import Origin, flatten
 from ad_core.capture.forward import ForwardForm, LogitsOnly, forward_form
 from ad_core.capture.rehearse import Rehearsal, block_calls
 from ad_core.capture.repeats import RepeatError, RepeatPlan, RepeatTracer
@@ -69,6 +69,7 @@ def export_module(
     device = torch.device(device)
     entries = entries if entries is not None else Entries()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
+    origin = Origin.of(module, "module.")
     with inference_form(module), fake_weights(module, mode, device), torch.no_grad():
         with mode:
             ids = torch.zeros(_SHAPE, dtype=torch.int64, device=device)
@@ -78,10 +79,10 @@ def export_module(
         if repeats:
             plan, note = _rehearsed(module, form, mode, inputs, entries)
         try:
-            graph = _export(module, form, inputs, names, max_length, plan)
+            graph = _export(module, form, inputs, names, max_length, plan, origin)
         except RepeatError as error:
             note, plan = f"layers were traced one by one: {error}", RepeatPlan([])
-            graph = _export(module, form, inputs, names, max_length, plan)
+            graph = _export(module, form, inputs, names, max_length, plan, origin)
     return Exported(graph, len(plan.calls), len(plan.models), note)
 
 
@@ -102,7 +103,13 @@ def _rehearsed(
 
 
 def _export(
-    module: nn.Module, form: ForwardForm, inputs: tuple[torch.Tensor, ...], names: list[str], max_length: int | None, plan: RepeatPlan
+    module: nn.Module,
+    form: ForwardForm,
+    inputs: tuple[torch.Tensor, ...],
+    names: list[str],
+    max_length: int | None,
+    plan: RepeatPlan,
+    origin: Origin,
 ) -> GraphModule:
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     length = torch.export.Dim("length", min=1, max=max(max_length or 1 << 20, _SHAPE[1] + 1))
@@ -114,7 +121,7 @@ def _export(
             strict=False,
             prefer_deferred_runtime_asserts_over_guards=True,
         )
-    return flatten(program, module, "module.", names, plan)
+    return flatten(program, origin, names, plan)
 
 
 class _Traced(LogitsOnly):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.fx import Graph, GraphModule, Node
@@ -26,27 +28,44 @@ _DROPPED = frozenset(
 """Checks of what the trace assumed of shapes and dtypes. The capture verifier checks numbers at other shapes instead."""
 
 
-def flatten(program: ExportedProgram, module: nn.Module, prefix: str, names: list[str], plan: RepeatPlan) -> GraphModule:
+@dataclass(frozen=True)
+class Origin:
+    """The module that was exported: its class, its tensors by every name, and what the exported wrapper puts before the names."""
+
+    kind: str
+    tensors: Mapping[str, torch.Tensor]
+    prefix: str = ""
+
+    @classmethod
+    def of(cls, module: nn.Module, prefix: str = "") -> Origin:
+        """Taken before anything stands in for the module's tensors."""
+        tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        return cls(type(module).__name__, dict(tensors), prefix)
+
+
+def flatten(program: ExportedProgram, origin: Origin, names: list[str], plan: RepeatPlan) -> GraphModule:
     """The program as one `GraphModule` with plain inputs `names` in order and one output.
 
-    Weights are `get_attr` nodes under the names they have in `module`, and the graph holds the module's own tensors (meta or real), not
-    copies. `prefix` is what the exported wrapper put before those names. Blocks that were skipped are filled in from
+    Weights are `get_attr` nodes under the names they have in the module (tied ones under the first), and the graph holds the module's
+    own tensors (meta or real), not copies. Blocks that were skipped are filled in from
     `plan`. Metas kept: `val`, `nn_module_stack` (paths of `module`), `stack_trace`. Raises `CaptureError` if the forward writes to
     buffers, `RepeatError` if the marks of blocks are not as planned.
     """
     writes = [spec for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
     if writes:
         raise CaptureError(
-            f"the forward of {type(module).__name__} writes to what it keeps: {', '.join(str(spec.target).removeprefix(prefix) for spec in writes)}",
+            f"the forward of {origin.kind} writes to what it keeps: {', '.join(str(spec.target).removeprefix(origin.prefix) for spec in writes)}",
             why="a graph of one forward has no memory between calls",
             hint="make the forward compute the value anew, or do not store it",
         )
-    return _Flattener(program, module, prefix, names, plan).run()
+    return _Flattener(program, origin, names, plan).run()
 
 
 class _Flattener:
-    def __init__(self, program: ExportedProgram, module: nn.Module, prefix: str, names: list[str], plan: RepeatPlan):
-        self._program, self._module, self._prefix, self._names, self._plan = program, module, prefix, names, plan
+    def __init__(self, program: ExportedProgram, origin: Origin, names: list[str], plan: RepeatPlan):
+        self._program, self._origin, self._prefix, self._names, self._plan = program, origin, origin.prefix, names, plan
+        firsts: dict[int, str] = {}
+        self._first_name = {path: firsts.setdefault(id(tensor), path) for path, tensor in origin.tensors.items()}
         self._graph = Graph()
         self._env: dict[Node, Node] = {}
         self._paths: dict[Node, str] = {}
@@ -71,7 +90,7 @@ class _Flattener:
         self._graph.eliminate_dead_code()
         used = {node.target for node in self._graph.nodes if node.op == "get_attr"}
         attributes = {name: tensor for name, tensor in self._attributes.items() if name in used}
-        graph_module = GraphModule(attributes, self._graph, class_name=type(self._module).__name__)
+        graph_module = GraphModule(attributes, self._graph, class_name=self._origin.kind)
         graph_module.graph.lint()
         return graph_module
 
@@ -88,12 +107,18 @@ class _Flattener:
                     placeholder.meta = {"val": node.meta["val"]}
                     self._env[node] = placeholder
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
-                path = str(spec.target)
-                if path.startswith(self._prefix):
-                    self._paths[node] = path.removeprefix(self._prefix)
-                else:  # a constant that tracing lifted has a name of its own
-                    self._paths[node] = path.replace(".", "_")
-                    self._attributes[self._paths[node]] = self._program.constants[path]
+                path = str(spec.target).removeprefix(self._prefix)
+                if path not in self._origin.tensors:  # a constant that tracing lifted
+                    constant = self._program.constants[str(spec.target)]
+                    if isinstance(constant, FakeTensor) or constant.is_meta:
+                        raise CaptureError(
+                            f"{path!r} of {self._origin.kind} is a tensor without a value",
+                            why="the module keeps it as a plain attribute, and it was built without memory",
+                            hint="register it as a buffer",
+                        )
+                    path = path.replace(".", "_")
+                    self._attributes[path] = constant
+                self._paths[node] = path
             else:
                 raise CaptureError(f"the exported graph has an input of kind {spec.kind.name}: {spec.target}", hint="only tensors can be captured")
 
@@ -104,9 +129,10 @@ class _Flattener:
 
     def _weight(self, path: str, like: Node) -> Node:
         """The one `get_attr` node of a weight, made where it is first used."""
+        path = self._first_name.get(path, path)
         if path not in self._weights:
             if path not in self._attributes:
-                self._attributes[path] = _tensor_at(self._module, path, self._program.constants.get(self._prefix + path))
+                self._attributes[path] = self._origin.tensors[path]
             node = self._graph.get_attr(path)
             node.meta = {"val": like.meta["val"]}
             self._weights[path] = node
@@ -166,14 +192,3 @@ class _Flattener:
 
 def _is_size(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
-
-
-def _tensor_at(module: nn.Module, path: str, constant: torch.Tensor | None) -> torch.Tensor:
-    owner, _, name = path.rpartition(".")
-    try:
-        tensor = getattr(module.get_submodule(owner), name)
-    except AttributeError:
-        tensor = constant
-    if not isinstance(tensor, torch.Tensor):
-        raise CaptureError(f"the graph reads {path!r}, which is no tensor of {type(module).__name__}")
-    return tensor
