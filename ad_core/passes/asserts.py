@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ad_core.api.passes import Pass, PassContext, PassReport
 from ad_core.api.types import Stage
-from ad_core.graph.edit import is_op, remove_dead_code
-
-CHECKS = tuple(
-    f"aten::{name}"
-    for name in (
-        "_assert_tensor_metadata",
-        "_assert_async",
-        "_assert_scalar",
-        "_functional_assert_async",
-        "_functional_assert_scalar",
-        "sym_constrain_range",
-        "sym_constrain_range_for_size",
-        "_functional_sym_constrain_range",
-        "_functional_sym_constrain_range_for_size",
-    )
-)
-
-
-def is_check(node: Node) -> bool:
-    """An assertion or the guard module of `ExportedProgram.module()`: nothing reads what it gives."""
-    return (node.op == "call_module" and str(node.target).startswith("_guards_fn")) or is_op(node, *CHECKS)
+from ad_core.graph.edit import remove_dead_code
+from ad_core.graph.verify import is_check
 
 
 class RemoveAsserts(Pass):
