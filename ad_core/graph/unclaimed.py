@@ -33,8 +33,8 @@ def unclaimed_error(mixing: Sequence[MixingNode], hint: RegistryHint) -> Unclaim
     where: list[str] = []
     for (_, kind, op, source), members in list(groups.items())[:_SHOWN_GROUPS]:
         modules = list(dict.fromkeys(member.module for member in members))
-        detail = [kind] * bool(kind) + [f"{len(modules)} layers"] * (len(modules) > 1)
-        where.append(f"{_collapsed(modules) or 'the model'}{f'  ({', '.join(detail)})' if detail else ''}")
+        detail = ", ".join([kind] * bool(kind) + [f"{len(modules)} layers"] * (len(modules) > 1))
+        where.append((_collapsed(modules) or "the model") + (f"  ({detail})" if detail else ""))
         where.append(f"    first op: {op}{f'  at {source}' if source else ''}: {members[0].reason}")
     if len(groups) > _SHOWN_GROUPS:
         where.append(f"and {len(groups) - _SHOWN_GROUPS} more kinds of places")
