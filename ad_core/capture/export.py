@@ -30,13 +30,13 @@ _SHAPE = (2, 12)
 
 @dataclass
 class Entries:
-    """How often seams put an op in, while the module ran whole once. `whole` is False if only some layers were run."""
+    """How often seams put an op in while the whole module ran once, and how often each op outside of ATen ran (None: only in part)."""
 
     counts: Counter[str] = field(default_factory=Counter)
-    settled: bool = False
+    executed: Counter[str] | None = None
 
     def __call__(self, op: str) -> None:
-        if not self.settled:
+        if self.executed is None:  # after the rehearsal, layers that are copied would not be counted
             self.counts[op] += 1
 
 
@@ -98,7 +98,7 @@ def _rehearsed(
     except Exception as error:  # whatever the author's code raises: the export will say it better, or do without
         entries.counts = before
         return RepeatPlan([]), f"layers were traced one by one: the rehearsal raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-    entries.settled = True
+    entries.executed = rehearsal.executed
     return RepeatPlan.of(rehearsal.calls), ""
 
 

@@ -7,6 +7,7 @@ their varying inputs in different places. Such calls need to be traced only once
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ad_core.graph.ops import qualified_name
 
 
 @dataclass
@@ -46,11 +49,12 @@ class BlockCall:
 
 
 class Rehearsal(TorchDispatchMode):
-    """Records the calls of blocks while it is active. `calls` is in the order of the run."""
+    """Records the calls of blocks while it is active. `calls` is in the order of the run; `executed` counts the ops outside of ATen."""
 
     def __init__(self, root: nn.Module):
         super().__init__()
         self.calls: list[BlockCall] = []
+        self.executed: Counter[str] = Counter()
         self._open: BlockCall | None = None
         self._local: dict[int, Hashable] = {}
         self._names: dict[int, Hashable] = {}
@@ -96,6 +100,8 @@ class Rehearsal(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func.namespace not in ("aten", "prim", "prims"):
+            self.executed[qualified_name(func)] += 1
         described = self._describe_all((args, kwargs))
         if self._open is not None and func._schema.is_mutable:
             self._check_writes(func, args, kwargs, self._open)

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 from ad_core.api.errors import ConfigError, ModelError, UnknownModelError
 from ad_core.api.loading import Checkpoint, Loader
 from ad_core.capture.buffers import computed_buffers, constants_of
 from ad_core.capture.forward import forward_form
 from ad_core.capture.ties import untie
-from ad_core.capture.weights import Progress, fill_module, read_weights, restore_module
+from ad_core.capture.weights import Progress, fill_module, place_weights, read_weights, restore_module
 
 _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
 
@@ -103,6 +104,17 @@ class ModelSource:
             "max_model_len": self.max_model_len,
             "eos_token_ids": list(self.eos_token_ids),
         }
+
+
+def load_weights(graph: GraphModule, source: ModelSource, device: torch.device | str, progress: Progress | None = None) -> int:
+    """The LOAD stage: gives `graph` the source's weights on `device` and lets the source go of them. Returns the bytes that the graph holds.
+
+    The checkpoint is read now unless `capture` has done so to compare numbers. Raises `CheckpointError` for what is wrong with it,
+    `GraphInvalidError` if the graph reads a tensor that has no value after it.
+    """
+    held = place_weights(graph, source.weights(device, progress))
+    source.release()
+    return held
 
 
 def open_model(

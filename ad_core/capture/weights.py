@@ -54,7 +54,7 @@ def read_weights(
     return weights
 
 
-def load_weights(graph: GraphModule, weights: Mapping[str, torch.Tensor]) -> int:
+def place_weights(graph: GraphModule, weights: Mapping[str, torch.Tensor]) -> int:
     """Puts `weights` under the graph's `get_attr` targets of the same name; nothing is copied. Returns the bytes that the graph now holds.
 
     A target that `weights` does not name keeps its tensor (a constant of the trace, or one that a pass made). Raises

@@ -1,0 +1,225 @@
+"""From a source to a canonical graph: the ways in, tried in order, each held against the module itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ad_core.api.errors import AdError, CaptureError, CheckpointError, ConfigError, PluginError, UnclaimedMixerError
+from ad_core.api.matching import Matcher, Seam
+from ad_core.capture.export import Entries, Exported, export_module
+from ad_core.capture.matching import Matched, apply_matchers
+from ad_core.capture.scope import configurations
+from ad_core.capture.seams import opened, reaching
+from ad_core.capture.source import ModelSource
+from ad_core.capture.verify import SIZE_LIMIT, Reference, verify_numbers, verify_structure
+from ad_core.capture.weights import Progress, place_weights
+from ad_core.graph.calls import module_class, module_path
+from ad_core.graph.ops import qualified_name
+from ad_core.graph.unclaimed import RegistryHint
+from ad_core.plan import Attempt, Claim, Plan
+from ad_core.registry.records import Offer
+
+
+_FATAL = (CheckpointError, ConfigError, PluginError)
+"""No other way in would fare better."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way in: what is open while the module is exported. `seams` names what it goes through by the op that they put in."""
+
+    name: str
+    opened: Callable[[Entries], AbstractContextManager[None]]
+    seams: dict[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A canonical graph. `loaded` says that its weights are in place already, `numbers` that its logits were compared."""
+
+    graph: GraphModule
+    way: str
+    entered: Counter[str]
+    numbers: bool
+    loaded: bool
+    exported: Exported
+
+
+def capture(
+    source: ModelSource,
+    *,
+    plan: Plan,
+    seams: Sequence[Offer[Seam]] = (),
+    matchers: Sequence[Offer[Matcher]] = (),
+    ops: Collection[str] = (),
+    device: torch.device | str = "cpu",
+    clean: Callable[[GraphModule], None] | None = None,
+    verify: bool | None = None,
+    size_limit: int = SIZE_LIMIT,
+    hint: RegistryHint | None = None,
+    progress: Progress | None = None,
+) -> Captured:
+    """Captures the source's module for `device`, by the first way in whose graph stands up to the verifier.
+
+    `ops` are the canonical ops by name; `clean` runs the clean-up passes on a graph in place. Numbers are compared if the weights take
+    at most `size_limit` bytes, or always or never if `verify` says so; then they are loaded (`progress`) and the graph has them.
+    Records attempts, claims and decisions in `plan`. The module is left as it was. Raises `UnclaimedMixerError` or
+    `CaptureError` with the reason of every way.
+    """
+    device = torch.device(device)
+    compare = source.nbytes <= size_limit if verify is None else verify
+    reference = None
+    failures: list[tuple[str, Exception]] = []
+    for way in _ways(source, seams, plan, failures):
+        marks = len(plan.passes), len(plan.decisions)
+        entries = Entries()
+        try:
+            graph, exported, matched = _one_way(source, way, entries, device, clean, matchers, plan)
+            with plan.phase("verify"):
+                verify_structure(graph, ops, entries.counts, entries.executed, hint or RegistryHint())
+            verdict = f"structure verified, numbers not: {_why_not(source, size_limit, verify)}"
+            if compare:
+                with plan.phase("weights"):
+                    place_weights(graph, source.weights(device, progress))
+                with plan.phase("verify"):
+                    reference = reference or Reference(source.runnable(device), source.max_model_len, _special_ids(source))
+                    verdict = f"structure and numbers verified: {verify_numbers(graph, reference, source.dtype, device)}"
+        except Exception as error:  # any code of the author's and of torch.export runs here; what it raises refuses this way
+            if isinstance(error, _FATAL):
+                raise
+            del plan.passes[marks[0] :], plan.decisions[marks[1] :]
+            failures.append((way.name, error))
+            plan.attempts.append(Attempt(way.name, False, _reason(error)))
+            continue
+        if exported.note:
+            plan.notes.append(exported.note)
+        plan.attempts.append(Attempt(way.name, True, verdict))
+        plan.claims.extend(_claims(graph, ops, way, matched, entries.counts))
+        return Captured(graph, way.name, entries.counts, compare, compare or source.in_memory, exported)
+    raise _refusal(source, failures)
+
+
+def _one_way(
+    source: ModelSource,
+    way: Way,
+    entries: Entries,
+    device: torch.device,
+    clean: Callable[[GraphModule], None] | None,
+    matchers: Sequence[Offer[Matcher]],
+    plan: Plan,
+) -> tuple[GraphModule, Exported, Matched]:
+    with plan.phase("export"), way.opened(entries):
+        exported = export_module(source.module, device=device, max_length=source.max_model_len, entries=entries)
+    with plan.phase("match"):
+        if clean is not None:
+            clean(exported.graph)
+        matched = apply_matchers(exported.graph, matchers, plan)
+    plan.notes.extend(f"{way.name}: {reason}" for reason in matched.declined)
+    return exported.graph, exported, matched
+
+
+def _ways(source: ModelSource, seams: Sequence[Offer[Seam]], plan: Plan, failures: list[tuple[str, Exception]]) -> Iterator[Way]:
+    """Seams; then the plain module, for transformers' models with each attention that matchers know."""
+    usable, refused = reaching(source.module, seams)
+    if usable:
+        by_op: dict[str, list[str]] = {}
+        for offer in usable:
+            by_op.setdefault(offer.item.produces, []).append(offer.item.name)
+        names = {op: " and ".join(found) for op, found in by_op.items()}
+        yield Way("seams", lambda entries: opened(source.module, usable, entries), names)
+    elif refused:
+        plan.attempts.append(Attempt("seams", False, "; ".join(refused)))
+        failures.append(("seams", CaptureError("; ".join(refused))))
+    implementations = _implementations(source.module)
+    for name in implementations:
+        yield Way(f"patterns on {name}", lambda entries, name=name: _attention(source.module, name))  # type: ignore[misc]
+    if not implementations:
+        yield Way("as written", lambda entries: _unchanged())
+
+
+def _implementations(module: nn.Module) -> tuple[str, ...]:
+    """The attention implementations to try: of a transformers model the two that compute with plain ATen ops."""
+    return ("sdpa", "eager") if callable(getattr(module, "set_attn_implementation", None)) else ()
+
+
+@contextmanager
+def _attention(module: nn.Module, name: str) -> Iterator[None]:
+    """The model computes attention by this implementation. Raises `CaptureError` if it cannot."""
+    configs = configurations(module)
+    before = [dict(vars(config)) for config in configs]
+    try:
+        if getattr(module.config, "_attn_implementation", None) != name:
+            try:
+                module.set_attn_implementation(name)  # type: ignore[operator]
+            except (ValueError, ImportError) as error:
+                raise CaptureError(f"the model does not run with {name} attention", why=str(error).splitlines()[0]) from error
+            if getattr(module.config, "_attn_implementation", None) != name:
+                raise CaptureError(f"the model does not let its attention be set to {name}")
+        yield
+    finally:
+        for config, attributes in zip(configs, before, strict=True):
+            vars(config).clear()
+            vars(config).update(attributes)
+
+
+@contextmanager
+def _unchanged() -> Iterator[None]:
+    yield
+
+
+def _claims(graph: GraphModule, ops: Collection[str], way: Way, matched: Matched, entered: Counter[str]) -> Iterator[Claim]:
+    for node in graph.graph.nodes:
+        name = qualified_name(node.target)
+        if name not in ops:
+            continue
+        if node in matched.claims:
+            by = f"matcher {matched.claims[node]}"
+        elif entered[name]:
+            by = f"seam {way.seams[name]}"
+        else:
+            by = "annotated"
+        yield Claim(node.name, module_path(node), module_class(node), name, by)
+
+
+def _why_not(source: ModelSource, size_limit: int, verify: bool | None) -> str:
+    if verify is False:
+        return "switched off"
+    return f"the weights take {source.nbytes / 2**30:.1f} GiB, more than the limit of {size_limit / 2**30:.1f} GiB (verify=True forces it)"
+
+
+def _special_ids(source: ModelSource) -> frozenset[int]:
+    values = [getattr(source.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")]
+    ids = {item for value in values for item in (value if isinstance(value, list | tuple) else [value])} | set(source.eos_token_ids)
+    return frozenset(item for item in ids if isinstance(item, int) and item >= 0)
+
+
+def _reason(error: BaseException) -> str:
+    if isinstance(error, AdError):
+        return f"{error.what} ({error.why})" if error.why else error.what
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def _refusal(source: ModelSource, failures: Sequence[tuple[str, Exception]]) -> CaptureError:
+    """The error when no way led to a graph. An unclaimed mixer is the most useful thing to say."""
+    ways = "\n         ".join(f"{name}: {_reason(error)}" for name, error in failures) or "there was no way in"
+    unclaimed = next((error for _, error in reversed(failures) if isinstance(error, UnclaimedMixerError)), None)
+    last = failures[-1][1] if failures else None
+    if unclaimed is not None:
+        refusal: CaptureError = UnclaimedMixerError(unclaimed.what, where=unclaimed.where, why=f"tried\n         {ways}", hint=unclaimed.hint)
+    else:
+        refusal = CaptureError(
+            f"{source.name} cannot be captured",
+            where=type(source.module).__name__,
+            why=ways,
+            hint="each line names a way in and why it was refused; `ad doctor` shows which plugins are installed",
+        )
+    refusal.__cause__ = last
+    return refusal

@@ -1,0 +1,131 @@
+"""The capture verifier: is this graph the module? First by its structure, then, when the weights fit, by its numbers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ad_core.api.errors import CaptureError
+from ad_core.capture.forward import LogitsOnly
+from ad_core.capture.scope import inference_form
+from ad_core.graph.ops import qualified_name
+from ad_core.graph.tokens import find_mixing
+from ad_core.graph.unclaimed import RegistryHint, unclaimed_error
+
+SIZE_LIMIT = 2 << 30
+"""Bytes of weights up to which numbers are compared unless the user says otherwise."""
+
+SHAPES = ((1, 1), (2, 9), (1, 33))
+"""Batch and length of the three comparisons."""
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
+"""Largest difference, for float32 and float64 of the largest single logit, below that of the root mean square, over the spread of the
+reference's logits. A wrong mask, position or scale shows as a tenth or more."""
+
+
+def verify_structure(graph: GraphModule, ops: Collection[str], entered: Mapping[str, int], executed: Mapping[str, int] | None, hint: RegistryHint) -> None:
+    """Raises `UnclaimedMixerError` if tokens mix outside of the canonical `ops`, `CaptureError` if an op that the module ran is not in the graph.
+
+    `entered` counts what seams put in, `executed` every canonical op of one whole run of the module (None: there was none).
+    """
+    found = Counter(name for node in graph.graph.nodes if (name := qualified_name(node.target)) in ops)
+    for op in sorted({*entered, *(executed or {})}):
+        if op not in ops:
+            continue
+        wanted = max(entered.get(op, 0), (executed or {}).get(op, 0))
+        if found[op] < wanted:
+            raise CaptureError(
+                f"{wanted} calls of {op} were made in the module and {found[op]} are in its graph",
+                why="the result of some was not used, or the layers do not all run when the module is exported",
+                hint="the model has a path that its forward does not take in inference; run it eagerly to see which",
+            )
+    mixing = find_mixing(graph, ops)
+    if mixing:
+        raise unclaimed_error(mixing, hint)
+
+
+@dataclass
+class Reference:
+    """The logits of the unpatched module at every shape, computed once, with ids alone: its positions are its own."""
+
+    module: nn.Module
+    max_length: int | None = None
+    special_ids: frozenset[int] = frozenset()
+    _logits: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def logits(self, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(ids [B, S], logits [B, S, V]) of every shape, on the CPU, logits in float32."""
+        if not self._logits:
+            device = next((tensor.device for tensor in [*self.module.parameters(), *self.module.buffers()]), torch.device("cpu"))
+            plain = LogitsOnly(self.module)
+            with inference_form(self.module), torch.no_grad():
+                for batch, length in SHAPES:
+                    ids = _ids(batch, min(length, self.max_length or length), vocabulary, self.special_ids)
+                    self._logits.append((ids, plain(ids.to(device)).float().cpu()))
+        return self._logits
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far the graph is from the module: the worst relative difference over all shapes, and how much was allowed."""
+
+    worst: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return f"logits equal at {len(SHAPES)} shapes (worst relative difference {self.worst:.1e}, allowed {self.allowed:.0e})"
+
+
+def verify_numbers(graph: GraphModule, reference: Reference, dtype: torch.dtype, device: torch.device) -> Agreement:
+    """Compares the graph, called with positions 0, 1, 2 ..., with the reference. Raises `CaptureError` where they differ."""
+    names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
+    allowed = _TOLERANCE.get(dtype, 4e-2)
+    worst = 0.0
+    for ids, wanted in reference.logits(_vocabulary(graph)):
+        positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
+        values = {"input_ids": ids.to(device), "position_ids": positions}
+        with torch.no_grad():
+            logits = graph(*(values[name] for name in names)).float().cpu()
+        difference = _difference(logits, wanted, dtype)
+        if not difference <= allowed:  # not a number counts as different
+            raise CaptureError(
+                f"the graph's logits differ from the module's at batch {ids.shape[0]}, length {ids.shape[1]}",
+                why=f"the relative difference is {difference:.2g}, and {allowed:.0e} is allowed in {str(dtype).removeprefix('torch.')}",
+                hint="the capture missed something that the model computes",
+            )
+        worst = max(worst, difference)
+    return Agreement(worst, allowed)
+
+
+def _difference(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
+    if logits.shape != wanted.shape:
+        return float("inf")
+    error, spread = logits - wanted, wanted.std(correction=0).clamp_min(1e-6)
+    if dtype in (torch.float32, torch.float64):
+        return float(error.abs().max() / wanted.abs().max().clamp_min(1e-6))
+    return float(error.square().mean().sqrt() / spread)
+
+
+def _ids(batch: int, length: int, vocabulary: int, special: frozenset[int]) -> torch.Tensor:
+    """Ids that look like text to the model: none of its special ones, the same at every call."""
+    ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(17 * batch + length))
+    allowed = next((number for number in range(vocabulary) if number not in special), 0)
+    for number in special:
+        ids[ids == number] = allowed
+    return ids
+
+
+def _vocabulary(graph: GraphModule) -> int:
+    """Ids below this are sure to be in the embedding: the first table that is looked up by the ids, else the width of the logits."""
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node.target == "input_ids":
+            for user in node.users:
+                if qualified_name(user.target) == "aten::embedding":
+                    return int(user.args[0].meta["val"].shape[0])
+    output = next(node for node in reversed(graph.graph.nodes) if node.op == "output")
+    return int(output.args[0].meta["val"].shape[-1])
