@@ -1,0 +1,266 @@
+"""From the author's module to a compiled model, in the order a reader expects: capture, passes, load, insertion, compile."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import GraphModule, Node
+
+from ad_core.api.errors import ConfigError
+from ad_core.api.loading import CompileBackend
+from ad_core.api.passes import Pass
+from ad_core.api.types import ENTRY_POINT_GROUP, Environment, Limits, Stage
+from ad_core.backends import BACKENDS
+from ad_core.cache.build import build_model, measure_workspace
+from ad_core.cache.insert import InsertCaches, Served
+from ad_core.cache.memory import resident_bytes
+from ad_core.cache.model import CachedModel
+from ad_core.capture import ModelSource, capture, load_weights, open_model
+from ad_core.config import EngineConfig, make_config, plugin_options
+from ad_core.graph.edit import output_node, tensor_at, tensors_read
+from ad_core.graph.ops import qualified_name
+from ad_core.graph.unclaimed import RegistryHint
+from ad_core.passes.core import clean_passes, compile_passes, engine_passes
+from ad_core.passes.manager import PassManager
+from ad_core.plan import Plan
+from ad_core.progress import Progress, Silent
+from ad_core.registry import Registry
+from ad_core.registry.arbitrate import check_choices
+from ad_core.registry.choices import KernelChoices
+from ad_core.registry.index import install_hint
+from ad_core.registry.records import State
+
+CORE = "ad-core"
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model that is ready to run, and where it came from."""
+
+    model: CachedModel
+    source: ModelSource
+    plan: Plan
+
+
+def build(
+    model: str | Path | nn.Module, config: EngineConfig, *, tokenizer: Any = None, progress: Progress | None = None
+) -> Built:
+    """The whole way: what `LLM` does before its engine starts. Raises the errors of every room that it goes through."""
+    way = _Pipeline(model, config, tokenizer, progress or Silent())
+    return way.cached()
+
+
+class CompiledGraph:
+    """The canonical graph of a model, compiled and uncached: whole sequences in, logits out. Stateless, so it is the oracle."""
+
+    def __init__(self, call: Callable[..., Any], takes_positions: bool, plan: Plan, graph: GraphModule):
+        self._call, self._takes_positions, self.plan, self.graph = call, takes_positions, plan, graph
+
+    @torch.inference_mode()
+    def __call__(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [B, S, V] of ids [B, S]; positions count from 0 if they are not given."""
+        if not self._takes_positions:
+            logits: torch.Tensor = self._call(input_ids)
+            return logits
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        logits = self._call(input_ids, position_ids)
+        return logits
+
+
+def compile(module: nn.Module | str | Path, example_ids: torch.Tensor | None = None, **options: Any) -> CompiledGraph:
+    """Captures a model and compiles its canonical graph, without caches.
+
+    `example_ids` [B, S] are run once through graph and module, and must give the same logits; `options` are those of `LLM`
+    that have a meaning here (device, dtype, plugins, backend, verify, trust_remote_code ...).
+    """
+    way = _Pipeline(module, make_config(options), None, Silent())
+    return way.uncached(example_ids)
+
+
+class _Pipeline:
+    """One model on its way. Every step writes what it did to `plan`."""
+
+    def __init__(self, model: str | Path | nn.Module, config: EngineConfig, tokenizer: Any, progress: Progress):
+        self.config, self.progress, self.plan = config, progress, Plan()
+        self.resident_before = resident_bytes()
+        self.device = _device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        with self._phase("plugins"):
+            self.registry = Registry.load(allow=config.allow_plugins, deny=config.deny_plugins)
+            self.options = plugin_options(config.plugins, self.registry.infos)
+            check_choices(self.registry, config.kernels, config.prefer)
+            self.plan.plugins = [
+                {"name": r.name, "distribution": r.distribution, "version": r.version, "state": str(r.state), "reason": r.reason}
+                for r in self.registry.plugins
+            ]
+        self.backend = _backend(config.backend, self.registry, self.device)
+        with self._phase("open"):
+            self.source = open_model(
+                model,
+                loaders=self.registry.loaders(),
+                trust_remote_code=config.trust_remote_code,
+                tokenizer=tokenizer,
+                dtype=config.dtype,
+                max_model_len=config.max_model_len,
+                eos_token_id=config.eos_token_id,
+            )
+        self.plan.model = self.source.describe()
+
+    def cached(self) -> Built:
+        """Capture to `CachedModel`."""
+        limits = _limits(self.config, self.source)
+        choices = KernelChoices(self.registry, _environment(self.device, limits), self.config.kernels, self.config.prefer)
+        served = [Served(offer.item, self.options.get(offer.plugin, {})) for offer in self.registry.canonical_ops()]
+        insertion = InsertCaches(served, choices.choose, limits, self.plan)
+        manager = self._manager([*engine_passes(), insertion])
+        graph = self._captured(manager)
+        with self._phase("passes"):
+            self._run(manager, graph, Stage.FUSE, Stage.CACHE)
+            self.plan.decisions += choices.decisions
+            self.plan.memory["weights"] = _tensor_bytes(graph)
+            vocab_size = _width(graph)
+            self._run(manager, graph, Stage.COMPILE)
+        with self._phase("compile"):
+            call = self.backend.compile(graph)
+        with self._phase("pools"):
+            model = build_model(call, insertion.layout, memory=self.config.memory, vocab_size=vocab_size, device=self.device)
+        with self._phase("warm up"):
+            workspace = measure_workspace(model)
+        self._ledger(model, workspace)
+        return Built(model, self.source, self.plan)
+
+    def uncached(self, example_ids: torch.Tensor | None) -> CompiledGraph:
+        """Capture to `CompiledGraph`."""
+        manager = self._manager([])
+        graph = self._captured(manager)
+        takes_positions = any(node.op == "placeholder" and node.target == "position_ids" for node in graph.graph.nodes)
+        with self._phase("passes"):
+            self._run(manager, graph, Stage.FUSE, Stage.COMPILE)
+        with self._phase("compile"):
+            compiled = CompiledGraph(self.backend.compile(graph), takes_positions, self.plan, graph)
+        if example_ids is not None:
+            compiled(example_ids.to(self.device))
+        return compiled
+
+    # -- parts --------------------------------------------------------------------------------------------------------
+
+    def _captured(self, manager: PassManager) -> GraphModule:
+        """The canonical graph with its weights: stages CLEAN to LOAD."""
+        with self.progress.phase("capturing"), self._counted() as count:
+            captured = capture(
+                self.source,
+                plan=self.plan,
+                seams=self.registry.seams(),
+                matchers=self.registry.matchers(),
+                ops=[qualified_name(offer.item.op) for offer in self.registry.canonical_ops()],
+                device=self.device,
+                clean=lambda graph: self._run(manager, graph, Stage.CAPTURE, Stage.CLEAN),
+                verify=self.config.verify,
+                hint=self._hint(),
+                progress=count,
+            )
+        graph = captured.graph
+        with self._phase("passes"):
+            self._run(manager, graph, Stage.MATCH, Stage.QUANTIZE, Stage.SHARD)
+        with self._phase("weights"), self._counted() as count:
+            load_weights(graph, self.source, self.device, count)
+            self._run(manager, graph, Stage.LOAD)
+        return graph
+
+    def _manager(self, extra: Sequence[Pass]) -> PassManager:
+        core: list[Pass] = [*clean_passes(), *extra, *compile_passes()]
+        offers: list[tuple[Pass, str, Mapping[str, Any]]] = [(each, CORE, {}) for each in core]
+        offers += [(offer.item, offer.distribution, self.options.get(offer.plugin, {})) for offer in self.registry.passes()]
+        return PassManager(offers, self.plan, verify=bool(self.config.verify))
+
+    def _run(self, manager: PassManager, graph: GraphModule, *stages: Stage) -> None:
+        manager.run(graph, stages, device=self.device, dtype=self.source.dtype)
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self.plan.phase(name)
+
+    def _counted(self) -> AbstractContextManager[Callable[[int, int], None]]:
+        return self.progress.counting("weights", "bytes")
+
+    def _hint(self) -> RegistryHint:
+        model_type = getattr(self.source.config, "model_type", None)
+        records = self.registry.plugins
+        return RegistryHint(
+            known=[f"For model type {model_type!r}: {install_hint(self.registry, model_type=model_type)}"] if model_type else (),
+            installed=[f"{record.name} {record.version}" for record in records if record.state is State.LOADED],
+            broken=[record.line for record in records if record.state is not State.LOADED],
+            searched=f"{sys.executable}, group {ENTRY_POINT_GROUP}",
+        )
+
+    def _ledger(self, model: CachedModel, workspace: int | None) -> None:
+        memory = self.plan.memory
+        memory["pools"], memory["buffers"] = model.pools.pool_bytes, model.pools.buffer_bytes
+        if workspace is None:
+            self.plan.notes.append("the workspace of a step is not measured: this system does not tell a process its peak memory")
+        else:
+            memory["workspace"] = workspace
+        memory["total"] = sum(memory.values())
+        memory["cache tokens"] = model.sizes.capacity_tokens(model.limits.page_size)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"there is no device {name!r}", why=str(error).splitlines()[0], hint='"auto", "cpu", "cuda" or "cuda:1"') from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"the device {name!r} was asked for, but this torch sees no GPU", why=f"torch {torch.__version__}", hint='device="cpu"')
+    return device
+
+
+def _backend(name: str, registry: Registry, device: torch.device) -> CompileBackend:
+    known: dict[str, CompileBackend] = {backend.name: backend for backend in BACKENDS}
+    known |= {offer.item.name: offer.item for offer in registry.compilers()}
+    if name not in known:
+        raise ConfigError(f"there is no compile backend {name!r}", where="backend", hint=f"known are: {', '.join(sorted(known))}")
+    declined = known[name].supports(device)
+    if declined is not None:
+        raise ConfigError(f"the compile backend {name!r} does not work here", where="backend", why=declined.reason)
+    return known[name]
+
+
+def _limits(config: EngineConfig, source: ModelSource) -> Limits:
+    length = source.max_model_len
+    if length is None:
+        raise ConfigError(
+            "the longest sequence of this model is not known", why="it has no configuration that says so", hint="give max_model_len=..."
+        )
+    return Limits(config.max_batch_tokens, config.max_requests, length, config.page_size)
+
+
+def _environment(device: torch.device, limits: Limits) -> Environment:
+    return Environment(
+        device=device.type,
+        capability=torch.cuda.get_device_capability(device) if device.type == "cuda" else None,
+        page_size=limits.page_size,
+        interpret=os.environ.get("TRITON_INTERPRET") == "1",
+    )
+
+
+def _tensor_bytes(graph: GraphModule) -> int:
+    """Bytes of the weights, tied ones once."""
+    return sum({tensor.data_ptr(): tensor.nbytes for path in tensors_read(graph) if (tensor := tensor_at(graph, path)) is not None}.values())
+
+
+def _width(graph: GraphModule) -> int:
+    """The size of the vocabulary: the last dimension of the logits."""
+    logits = output_node(graph.graph).args[0]
+    assert isinstance(logits, Node)
+    return int(logits.meta["val"].shape[-1])
