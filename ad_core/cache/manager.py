@@ -133,6 +133,7 @@ class CacheManager:
             allocator.claim(need, need + max(extra, 0), own[-1] if own else 0)
             for allocator, need, own in zip(self.groups, needs, pages, strict=True)
         ]
+        self.store.pin(cache.tip)
         self._live[id(cache)] = cache
         return cache
 
@@ -181,7 +182,7 @@ class CacheManager:
             allocator.unclaim(claim)
         if cache.slot:
             self.slots.units.release(cache.slot)
-        self.store.prune(cache.tip)
+        self.store.unpin(cache.tip)
         self.releases += 1
 
     def forget_prefixes(self) -> None:
@@ -231,17 +232,18 @@ class CacheManager:
         return chain, Reuse(blocks * self.page_size, obstacle)
 
     def _publish(self, cache: SequenceCache, tokens: Sequence[int], full: int) -> None:
-        size = self.page_size
+        size, block = self.page_size, cache.tip
         for index in range(cache.published, full):
-            block = self.store.descend(cache.tip, tokens[index * size : (index + 1) * size])
+            block = self.store.descend(block, tokens[index * size : (index + 1) * size])
             for group, pages in enumerate(cache.pages):
                 page = pages[index]
                 # A twin may have published the same tokens first; this sequence's page then stays its own.
                 if page and not block.pages[group]:
                     self.store.put_page(block, group, page)
                     self.groups[group].keep(page)
-            cache.tip = block
-        cache.published = full
+        self.store.pin(block)
+        self.store.unpin(cache.tip)
+        cache.tip, cache.published = block, full
 
     def _save_state(self, cache: SequenceCache) -> None:
         block = cache.tip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from ad_core.api.errors import CacheAuditError
 
@@ -11,28 +12,29 @@ class Block:
     """One page's worth of tokens behind a certain prefix, and where its content lies now.
 
     `pages` holds the page of every group, 0 where it is not cached (any more); `checkpoint` a slot with the state after
-    the block's last token, or 0.
+    the block's last token, or 0. `pins` counts the live sequences that stand on it.
     """
 
-    __slots__ = ("checkpoint", "children", "pages", "parent", "serial", "tokens")
+    __slots__ = ("checkpoint", "children", "pages", "parent", "pins", "serial", "tokens")
 
     def __init__(self, serial: int, parent: Block | None, tokens: tuple[int, ...], num_groups: int):
         self.serial, self.parent, self.tokens = serial, parent, tokens
         self.pages = [0] * num_groups
         self.checkpoint = 0
         self.children = 0
+        self.pins = 0
 
     @property
-    def is_empty(self) -> bool:
-        return not self.checkpoint and not self.children and not any(self.pages)
+    def is_idle(self) -> bool:
+        return not (self.checkpoint or self.children or self.pins or any(self.pages))
 
 
 class PrefixStore:
     """A tree of blocks, found by a hash that is chained through the parent.
 
     The key of a block is its parent's serial number, which is never used twice, and its tokens. Keys are compared and not
-    only hashed, so two prefixes with equal hashes are never taken for each other. A block lives while any of its content is
-    cached or a descendant's is; so there are never more blocks than cached pages and checkpoints times their depth.
+    only hashed, so two prefixes with equal hashes are never taken for each other. A block lives while a live sequence
+    stands on it, or any content of it or of a descendant is there; so blocks are bounded by pages and slots times depth.
 
     The store owns no memory: whoever evicts a page or slot calls `forget_page` or `forget_checkpoint`.
     """
@@ -70,6 +72,14 @@ class PrefixStore:
             parent.children += 1
         return block
 
+    def pin(self, block: Block) -> None:
+        """A sequence stands on the block: what it computes next goes behind it, so the block stays."""
+        block.pins += 1
+
+    def unpin(self, block: Block) -> None:
+        block.pins -= 1
+        self._prune(block)
+
     def put_page(self, block: Block, group: int, page: int) -> None:
         block.pages[group] = page
         self._by_page[group][page] = block
@@ -81,26 +91,12 @@ class PrefixStore:
     def forget_page(self, group: int, page: int) -> None:
         block = self._by_page[group].pop(page)
         block.pages[group] = 0
-        self.prune(block)
+        self._prune(block)
 
     def forget_checkpoint(self, slot: int) -> None:
         block = self._by_checkpoint.pop(slot)
         block.checkpoint = 0
-        self.prune(block)
-
-    def holds_page(self, group: int, page: int) -> bool:
-        return page in self._by_page[group]
-
-    def prune(self, block: Block) -> None:
-        """Removes the block, and then its ancestors, as far as they are empty."""
-        node: Block | None = block
-        while node is not None and node.parent is not None and node.is_empty:
-            key = (node.parent.serial, node.tokens)
-            if self._blocks.get(key) is not node:  # removed before, while a sequence still stood on it
-                return
-            del self._blocks[key]
-            node.parent.children -= 1
-            node = node.parent
+        self._prune(block)
 
     def pages(self, group: int) -> set[int]:
         """All pages of the group whose content can be found."""
@@ -109,23 +105,29 @@ class PrefixStore:
     def checkpoints(self) -> set[int]:
         return set(self._by_checkpoint)
 
-    def audit(self, live: Iterator[Block]) -> None:
-        """Raises `CacheAuditError` if the indices disagree or a block is left over that is empty and none of the `live`."""
-        children: dict[int, int] = {}
-        for block in self._blocks.values():
-            assert block.parent is not None
-            children[block.parent.serial] = children.get(block.parent.serial, 0) + 1
-        tips = {block.serial for block in live}
-        for block in self._blocks.values():
-            if block.children != children.get(block.serial, 0):
-                raise CacheAuditError(f"a block counts {block.children} children and has {children.get(block.serial, 0)}")
-            if block.is_empty and block.serial not in tips:
+    def audit(self, tips: Iterable[Block]) -> None:
+        """Raises `CacheAuditError` if the indices disagree, or a block is left over that serves none of the live `tips`."""
+        pins = Counter(tip.serial for tip in tips)
+        children = Counter(block.parent.serial for block in self._blocks.values() if block.parent)
+        for block in (self.root, *self._blocks.values()):
+            if (block.children, block.pins) != (children[block.serial], pins[block.serial]):
+                why = f"it has {children[block.serial]} children and {pins[block.serial]} pins"
+                raise CacheAuditError(f"a block of the prefix store counts {block.children} children and {block.pins} pins", why=why)
+            if block.is_idle and block is not self.root:
                 raise CacheAuditError("a block without content was left in the prefix store")
-        indexed = [{page: id(block) for page, block in index.items()} for index in (*self._by_page, self._by_checkpoint)]
-        held: list[dict[int, int]] = [{} for _ in range(self.num_groups + 1)]
+        indexed = [{unit: id(block) for unit, block in index.items()} for index in (*self._by_page, self._by_checkpoint)]
+        held: list[dict[int, int]] = [{} for _ in indexed]
         for block in self._blocks.values():
             for index, unit in enumerate((*block.pages, block.checkpoint)):
                 if unit:
                     held[index][unit] = id(block)
         if indexed != held:
             raise CacheAuditError("the prefix store's index of pages or checkpoints is not what its blocks hold")
+
+    def _prune(self, block: Block) -> None:
+        """Removes the block, and then its ancestors, as far as they serve nobody."""
+        node = block
+        while node.parent is not None and node.is_idle:
+            del self._blocks[node.parent.serial, node.tokens]
+            node.parent.children -= 1
+            node = node.parent

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from ad_core.runtime.noise import gumbel
@@ -9,11 +10,16 @@ from ad_core.runtime.noise import gumbel
 NARROW = 256
 """Candidates that are looked at first on a CPU, where sorting a whole vocabulary takes as long as a layer."""
 
+IN_CACHE = 1 << 16
+
 
 def draw(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """A sample of every row's softmax: ids [R] of float32 `logits` [R, V], with the noise of `keys` [R, 2]."""
     every_id = torch.arange(logits.shape[1], device=logits.device)
-    return argmax(gumbel(keys, every_id).add_(logits))
+    # On a CPU a few rows at a time: their temporaries fit its caches, a batch's cost more in page faults than in work.
+    size = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    parts = zip(logits.split(size), keys.split(size), strict=True)
+    return torch.cat([argmax(gumbel(part_keys, every_id).add_(part)) for part, part_keys in parts])
 
 
 def draw_filtered(
@@ -59,7 +65,8 @@ def cutoff(
     kept = ((summed - probabilities < top_p[:, None]) | whole) & (values >= kth)
     by_mass = values.masked_fill(~kept, torch.inf).amin(1).masked_fill(whole[:, 0], -torch.inf)
     cut = torch.maximum(torch.maximum(kth[:, 0], by_mass), values[:, 0] + min_p.log())
-    enough = torch.where(limited, top_k <= W, whole[:, 0] | (summed[:, -1] >= top_p))
+    # With top-k all that tie with the kth must be among the values, for they count towards top-p.
+    enough = torch.where(limited, (top_k < W) & (values[:, -1] < kth[:, 0]), whole[:, 0] | (summed[:, -1] >= top_p))
     return cut, enough & (values[:, -1] < cut)
 
 
@@ -72,6 +79,12 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _draw_sorted(logits: torch.Tensor, keys: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
-    values = logits.sort(dim=1, descending=True).values
+    values = _descending(logits)
     cut, _ = cutoff(values, values.logsumexp(1), top_k, top_p, min_p)
     return draw(logits.masked_fill(logits < cut[:, None], -torch.inf), keys)
+
+
+def _descending(logits: torch.Tensor) -> torch.Tensor:
+    if logits.device.type != "cpu":
+        return logits.sort(dim=1, descending=True).values
+    return torch.from_numpy(np.sort(-logits.numpy(), axis=1)).neg_()  # with vector instructions, unlike torch's

@@ -46,7 +46,7 @@ class Sampled:
 
 
 class Sampler:
-    """Samples for lanes. `add` and `remove` follow a lane's sequence; `sample` needs only to be told which lanes are in a step.
+    """Samples for lanes. `add` tells it of a lane's new sequence; `sample` needs only to be told which lanes are in a step.
 
     A row's result is a function of its own logits, parameters, seed and position: never of the other rows.
     """
@@ -61,7 +61,9 @@ class Sampler:
     def add(
         self, lane: int, params: SamplingParams, *, seed: int, sample: int, tokens: Sequence[int], prompt_len: int, stop_ids: Sequence[int]
     ) -> None:
-        """A sequence takes the lane. `tokens` are its prompt and what was sampled before a preemption; `stop_ids` end it."""
+        """A sequence takes the lane from whoever had it. `tokens` are its prompt and what was sampled before a preemption; `stop_ids` end it."""
+        self._special.discard(lane)
+        self._penalties.remove(lane)
         bans = params.min_tokens > 0 and len(stop_ids) > 0
         banned = torch.tensor(stop_ids, device=self._device) if bans else None
         self._lanes[lane] = _Lane(params, stream_key(seed, sample), banned, prompt_len + params.min_tokens if bans else 0)
@@ -71,11 +73,6 @@ class Sampler:
             self._knobs[lane] = torch.tensor(knobs, device=self._device)
         if params.has_penalties:
             self._penalties.add(lane, params, tokens[:prompt_len], tokens[prompt_len:])
-
-    def remove(self, lane: int) -> None:
-        self._lanes.pop(lane, None)
-        self._special.discard(lane)
-        self._penalties.remove(lane)
 
     def sample(self, logits: torch.Tensor, lanes: Sequence[int], lengths: Sequence[int]) -> Sampled:
         """The next token of every row of `logits` [R, V], which are not changed. `lengths` [R] counts each sequence's tokens."""
