@@ -1,4 +1,4 @@
-"""Runs triton_interpreter_suite.py in processes of their own, with Triton's interpreter on."""
+"""Runs the two Triton suites beside this file in processes of their own, with Triton's interpreter on."""
 
 from __future__ import annotations
 
@@ -10,14 +10,29 @@ from pathlib import Path
 
 import pytest
 
-SUITE = Path(__file__).with_name("triton_interpreter_suite.py")
+HERE = Path(__file__).parent
+QUICK = "everything and (cached_op or supports or float64 or padding or mutation or dirty_memory or independence)"
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
 
-@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-def test_the_kernels_are_right_in_the_interpreter() -> None:
-    """A process, because a wild load of an interpreted kernel is a segmentation fault."""
+def run(suite: str, *options: str) -> None:
+    """A process, because the interpreter is chosen when kernels are imported, and a wild load in it is a segmentation fault."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "--import-mode=importlib", str(SUITE)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "pytest", "-q", "-W", "ignore", "-p", "no:cacheprovider", "--import-mode=importlib", *options]
+    done = subprocess.run([*command, str(HERE / suite)], env=environment, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
+
+
+def test_the_kernels_are_right_in_the_interpreter() -> None:
+    run("triton_interpreter_suite.py")
+
+
+def test_the_kernel_keeps_the_contract() -> None:
+    run("triton_conformance_suite.py", "-k", QUICK)
+
+
+@pytest.mark.slow
+def test_the_kernel_keeps_the_contract_in_every_case() -> None:
+    run("triton_conformance_suite.py")

@@ -268,7 +268,7 @@ def test_all_modifiers_at_once(dtype: torch.dtype) -> None:
     [
         {"H": 3, "G": 3},
         {"H": 6, "G": 2, "D": 24, "DV": 40},  # nothing is a power of two, and values are wider than keys
-        {"H": 20, "G": 1},  # a group larger than what a program packs
+        {"H": 40, "G": 2},  # groups larger than what a program packs
         {"H": 2, "G": 1, "D": 80, "DV": 32},
         {"H": 2, "G": 2, "D": 8, "DV": 8},  # smaller than a matrix instruction
     ],
@@ -338,6 +338,10 @@ def test_a_row_does_not_depend_on_its_mates(count: int, splits: int, monkeypatch
 def test_a_padded_batch_with_fewer_rows_than_sequences_may_hold_a_chunk() -> None:
     """T <= B does not say that every sequence decodes: three tokens of one sequence, and three padded sequences."""
     assert close(Case(((20, 1), (140, 3)), padded_sequences=3))
+
+
+def test_a_row_more_than_sequences_keeps_within_the_scratch() -> None:
+    assert close(Case(((299, 1), (260, 2))))
 
 
 def test_more_padding_than_tokens() -> None:
