@@ -110,6 +110,11 @@ def replace(node: Node, by: Node) -> None:
     node.graph.erase_node(node)
 
 
+def find_input(graph: GraphModule, name: str) -> Node | None:
+    """The placeholder of that name."""
+    return next((node for node in graph.graph.nodes if node.op == "placeholder" and node.target == name), None)
+
+
 def new_input(graph: GraphModule, name: str, value: Any) -> Node:
     """A placeholder after the others, with its fake value."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]

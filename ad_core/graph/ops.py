@@ -49,7 +49,9 @@ def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., An
             )
         return earlier.overload
     if _exists(namespace, name):
-        raise OpDefinitionError(f"the op {qualified} exists already", why="it was defined outside of define_op", hint="choose another namespace")
+        raise OpDefinitionError(
+            f"the op {qualified} exists already", why="it was defined outside of define_op", hint="choose another namespace"
+        )
     library = _LIBRARIES.setdefault(namespace, torch.library.Library(namespace, "FRAGMENT"))
     library.define(schema[len(namespace) + 2 :])
     library.impl(name, reference, "CompositeExplicitAutograd")

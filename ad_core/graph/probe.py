@@ -23,7 +23,14 @@ PROBE_BYTES = 4 << 30
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 _BLOCK = 1 << 20
-_UNINITIALISED = ("aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided", "aten::empty_permuted")
+_UNINITIALISED = (
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::new_empty_strided",
+    "aten::empty_permuted",
+)
 
 
 @dataclass(frozen=True)
@@ -112,7 +119,9 @@ class Probe:
 
     # -- the trial ------------------------------------------------------------------------------------------------------
 
-    def _run(self, cone: Sequence[Node], entries: Sequence[Node], exits: Sequence[Node], axes: Callable[[Node], frozenset[Axis]]) -> list[Verdict]:
+    def _run(
+        self, cone: Sequence[Node], entries: Sequence[Node], exits: Sequence[Node], axes: Callable[[Node], frozenset[Axis]]
+    ) -> list[Verdict]:
         sizes = self._sizes
         needed = sum(_bytes(entry.meta["val"], sizes) for entry in entries)
         if needed > PROBE_BYTES:
@@ -156,7 +165,9 @@ class Probe:
         if not any(bool(mask.any()) for mask in masks if mask is not None):
             return None
         for axis in _candidates(tuple(base.shape), self._sizes.length):
-            if all(_only_token(mask, axis, token, self._sizes.length) for mask, token in zip(masks, tokens, strict=True) if mask is not None):
+            if all(
+                _only_token(mask, axis, token, self._sizes.length) for mask, token in zip(masks, tokens, strict=True) if mask is not None
+            ):
                 return Verdict(axis)
         return Verdict(mixes="changes at other tokens when one token changes")
 

@@ -49,7 +49,7 @@ class Call:
         """(argument's name, node) for every node among the arguments, those in lists included."""
         found: list[tuple[str, Node]] = []
         for name, value in self.arguments.items():
-            torch.fx.node.map_arg(value, lambda node, name=name: found.append((name, node)))
+            found += [(name, item) for item in (value if isinstance(value, list | tuple) else (value,)) if isinstance(item, Node)]
         return found
 
     def shape(self, value: Any) -> tuple[int, ...]:
@@ -200,9 +200,10 @@ def reversed_dims(call: Call, name: str, node: Node, axis: Axis) -> Outcome:
 
 
 def repeated(call: Call, name: str, node: Node, axis: Axis) -> Outcome:
-    repeats = call.arguments.get("repeats", call.arguments.get("dims"))
-    added = len(repeats) - len(call.shape(node))
-    return Axis(axis.dim + added, axis.outer * call.number(repeats[axis.dim + added]), axis.inner)
+    given = list(call.arguments["repeats"] if "repeats" in call.arguments else call.arguments["dims"])
+    repeats = [1] * (len(call.shape(node)) - len(given)) + given
+    dim = axis.dim + len(repeats) - len(call.shape(node))
+    return Axis(dim, axis.outer * call.number(repeats[dim]), axis.inner)
 
 
 def repeat_interleaved(call: Call, name: str, node: Node, axis: Axis) -> Outcome:
@@ -268,7 +269,9 @@ def indexed(call: Call, name: str, node: Node, axis: Axis) -> Outcome:
     """index: tensors that look up neighbouring dims of a table. Where their tokens lie, there they lie in the result."""
     indices = call.arguments["indices"]
     places = [place for place, index in enumerate(indices) if index is not None]
-    if places != list(range(places[0], places[-1] + 1)) or any(index.meta["val"].dtype == torch.bool for index in indices if index is not None):
+    if places != list(range(places[0], places[-1] + 1)) or any(
+        index.meta["val"].dtype == torch.bool for index in indices if index is not None
+    ):
         return UNKNOWN
     width = max(len(call.shape(index)) for index in indices if index is not None)
     if name == "indices":
@@ -304,13 +307,14 @@ TABLE: dict[str, Rule] = {
     ),
     **_entries(
         shape_only,
-        "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full sym_size sym_numel sym_stride",
+        "zeros_like ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full "
+        "sym_size sym_numel sym_stride",
     ),
     **_entries(
         over_dims,
-        "softmax _softmax log_softmax _log_softmax _safe_softmax sum nansum mean nanmean amax amin aminmax max min var std var_mean std_mean "
-        "norm linalg_vector_norm logsumexp prod argmax argmin any all count_nonzero median nanmedian kthvalue mode "
-        "cumsum cumprod cummax cummin logcumsumexp topk sort argsort msort flip roll glu diff",
+        "softmax _softmax log_softmax _log_softmax _safe_softmax sum nansum mean nanmean amax amin aminmax max min "
+        "var std var_mean std_mean norm linalg_vector_norm logsumexp prod argmax argmin any all count_nonzero median nanmedian kthvalue "
+        "mode cumsum cumprod cummax cummin logcumsumexp topk sort argsort msort flip roll glu diff",
     ),
     **_entries(normalised, "layer_norm native_layer_norm rms_norm _fused_rms_norm"),
     **_entries(sliced, "slice narrow narrow_copy"),
@@ -345,7 +349,20 @@ TABLE: dict[str, Rule] = {
 """What is neither here nor pointwise is tried out (`ad_core.graph.probe`)."""
 
 OF_FIRST = frozenset(
-    [same_shape, sliced, divided, dim_removed, row_major, permuted, transposed, reversed_dims, repeated, repeat_interleaved]
-    + [normalised, padded, unfolded]
+    (
+        same_shape,
+        sliced,
+        divided,
+        dim_removed,
+        row_major,
+        permuted,
+        transposed,
+        reversed_dims,
+        repeated,
+        repeat_interleaved,
+        normalised,
+        padded,
+        unfolded,
+    )
 )
 """Rules that speak of an op's first argument only."""

@@ -199,7 +199,10 @@ class _Search:
         """Whether the length enters the node's value, by its shape or by a number above it that depends on it."""
         if self._sizes.length_dims(_first_tensor(node)):
             return True
-        return any(self._sizes.carries_length(parent.meta.get("val")) or self._sizes.length_dims(parent.meta.get("val")) for parent in node.all_input_nodes)
+        return any(
+            self._sizes.carries_length(parent.meta.get("val")) or self._sizes.length_dims(parent.meta.get("val"))
+            for parent in node.all_input_nodes
+        )
 
     def _same_at_other_length(self, node: Node) -> bool:
         try:
@@ -214,7 +217,10 @@ class _Search:
             return False
         kinds = {argument.name: str(argument.type) for argument in call.node.target._schema.arguments}
         return any(
-            isinstance(value, Node) and not _is_tensor(value) and self._sizes.carries_length(value.meta.get("val")) and kinds[name] in ("Tensor", "number")
+            isinstance(value, Node)
+            and not _is_tensor(value)
+            and self._sizes.carries_length(value.meta.get("val"))
+            and kinds[name] in ("Tensor", "number")
             for name, value in call.arguments.items()
         )
 
@@ -232,7 +238,9 @@ class _Search:
             self._reported[origin] = reason
         exit_ = apart[0] if apart is not None else next(iter(exits), None)
         if exit_ is None:
-            self._axes[origin] = self._sizes.axes_by_shape(_first_tensor(origin)) if len(self._sizes.length_dims(_first_tensor(origin))) == 1 else _NONE
+            self._axes[origin] = (
+                self._sizes.axes_by_shape(_first_tensor(origin)) if len(self._sizes.length_dims(_first_tensor(origin))) == 1 else _NONE
+            )
         else:
             self._inside |= self._between(origin, exit_)
             self._axes[exit_] = apart[1] if apart is not None else self._sizes.axes_by_shape(_first_tensor(exit_))
@@ -310,7 +318,12 @@ class _Search:
             current = pending.pop()
             if current is self._output:
                 return True
-            if current in seen or current in self._reported or current in self._inside or (current is not node and current in self._suspects):
+            if (
+                current in seen
+                or current in self._reported
+                or current in self._inside
+                or (current is not node and current in self._suspects)
+            ):
                 continue
             seen.add(current)
             pending += [user for user in current.users if user in self._place]
@@ -323,7 +336,7 @@ def _mixing_node(node: Node, reason: str) -> MixingNode:
 
 
 def source_of(node: Node) -> str:
-    """"modeling_x.py:512" of the innermost line of the author's code, torch's own left out, or ""."""
+    """ "modeling_x.py:512" of the innermost line of the author's code, torch's own left out, or ""."""
     lines = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines() if line.strip().startswith("File ")]
     for line in reversed(lines):
         path, _, rest = line.removeprefix('File "').partition('", line ')

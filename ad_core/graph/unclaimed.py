@@ -29,7 +29,9 @@ def unclaimed_error(mixing: Sequence[MixingNode], hint: RegistryHint) -> Unclaim
     """The error for what `find_mixing` found (at least one)."""
     groups: dict[tuple[str, str, str, str], list[MixingNode]] = {}
     for entry in mixing:
-        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "{}", entry.module), entry.module_class, entry.op, entry.source), []).append(entry)
+        groups.setdefault((re.sub(r"(?<![^.])\d+(?![^.])", "{}", entry.module), entry.module_class, entry.op, entry.source), []).append(
+            entry
+        )
     where: list[str] = []
     for (_, kind, op, source), members in list(groups.items())[:_SHOWN_GROUPS]:
         modules = list(dict.fromkeys(member.module for member in members))
@@ -38,7 +40,7 @@ def unclaimed_error(mixing: Sequence[MixingNode], hint: RegistryHint) -> Unclaim
         where.append(f"    first op: {op}{f'  at {source}' if source else ''}: {members[0].reason}")
     if len(groups) > _SHOWN_GROUPS:
         where.append(f"and {len(groups) - _SHOWN_GROUPS} more kinds of places")
-    several = len(mixing) > 1
+    regions, them = ("graph regions mix", "them") if len(mixing) > 1 else ("graph region mixes", "it")
     known = list(hint.known) or ["No known plugin claims them."]
     advice = [
         *known,
@@ -47,8 +49,8 @@ def unclaimed_error(mixing: Sequence[MixingNode], hint: RegistryHint) -> Unclaim
         "More:  ad explain MODEL   |   write one: a mixer plugin with a canonical op and a matcher",
     ]
     return UnclaimedMixerError(
-        f"{len(mixing)} graph region{'s mix' if several else ' mixes'} tokens but no installed plugin claims {'them' if several else 'it'}, "
-        f"so {'they' if several else 'it'} would have no cache and decoding would be silently wrong.",
+        f"{len(mixing)} {regions} tokens but no installed plugin claims {them}, so there would be no cache for {them} "
+        "and decoding would be silently wrong.",
         where="\n         ".join(where),
         hint="\n         ".join(advice),
     )

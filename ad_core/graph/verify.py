@@ -9,7 +9,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch._ops import OpOverload
@@ -74,7 +73,9 @@ def violations(graph: GraphModule, stage: Stage, *, complete: bool = True) -> li
     for rule in RULES:
         if rule.since < stage + complete and stage <= rule.until:
             for node, detail in rule.check(graph):
-                found.append(Violation(rule.name, node.name if node is not None else "", module_path(node) if node is not None else "", detail))
+                found.append(
+                    Violation(rule.name, node.name if node is not None else "", module_path(node) if node is not None else "", detail)
+                )
     return found
 
 
@@ -83,13 +84,15 @@ def verify_graph(graph: GraphModule, stage: Stage, *, after: str = "") -> None:
     it the stage is done."""
     found = violations(graph, stage, complete=not after)
     if found:
-        shown = [f"{entry.node or 'graph'}: {entry.detail} [{entry.rule}]{f' in {entry.module}' if entry.module else ''}" for entry in found[:8]]
+        shown = [
+            f"{entry.node or 'graph'}: {entry.detail} [{entry.rule}]{f' in {entry.module}' if entry.module else ''}" for entry in found[:8]
+        ]
         more = [f"and {len(found) - 8} more"] if len(found) > 8 else []
         raise GraphInvalidError(
             f"the graph breaks its spec in {len(found)} place{'s' if len(found) > 1 else ''}",
             where=f"after the pass {after}" if after else f"at the end of stage {stage.name}",
             why="\n         ".join(shown + more),
-            hint="the rules are listed in ad_core/graph/verify.py; a pass that leaves such a graph is wrong, please report it to its plugin",
+            hint="the rules are listed in ad_core/graph/verify.py; report the pass that leaves such a graph to its plugin",
         )
 
 
@@ -133,7 +136,11 @@ def _attributes_exist(graph: GraphModule) -> Iterator[tuple[Node | None, str]]:
         tensor, value = tensor_at(graph, str(node.target)), node.meta.get("val")
         if tensor is None:
             yield node, f"reads {node.target}, which is not there"
-        elif tensor.layout == torch.strided and isinstance(value, torch.Tensor) and (tensor.shape, tensor.dtype) != (value.shape, value.dtype):
+        elif (
+            tensor.layout == torch.strided
+            and isinstance(value, torch.Tensor)
+            and (tensor.shape, tensor.dtype) != (value.shape, value.dtype)
+        ):
             yield node, f"reads {node.target}, which is {_kind(tensor)}, as {_kind(value)}"
 
 
@@ -188,9 +195,8 @@ def _writes_inputs_only(graph: GraphModule) -> Iterator[tuple[Node | None, str]]
 
 def _on_a_device(graph: GraphModule) -> Iterator[tuple[Node | None, str]]:
     for node in graph.graph.nodes:
-        found: list[Any] = []
-        torch.fx.node.map_aggregate((node.args, node.kwargs), lambda value, found=found: found.append(value))
-        if any(isinstance(value, torch.device) and value.type == "meta" for value in found):
+        constants = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+        if any(isinstance(value, torch.device) and value.type == "meta" for value in constants):
             yield node, "names the device meta"
         tensor = tensor_at(graph, str(node.target)) if node.op == "get_attr" else None
         if tensor is not None and tensor.is_meta:

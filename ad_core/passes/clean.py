@@ -16,7 +16,16 @@ from ad_core.graph.edit import is_op, mutates, remove_dead_code, replace
 _CASTS = ("aten::to", "aten::_to_copy", "aten::type_as")
 _COPIES = ("aten::clone", "aten::contiguous", "aten::lift_fresh_copy")
 _ALIASES = ("aten::alias", "aten::detach", "aten::lift_fresh", "aten::resolve_conj", "aten::resolve_neg")
-_SHAPES = ("aten::view", "aten::reshape", "aten::_unsafe_view", "aten::flatten", "aten::expand", "aten::expand_as", "aten::slice", "aten::squeeze")
+_SHAPES = (
+    "aten::view",
+    "aten::reshape",
+    "aten::_unsafe_view",
+    "aten::flatten",
+    "aten::expand",
+    "aten::expand_as",
+    "aten::slice",
+    "aten::squeeze",
+)
 
 
 class RemoveNoOps(Pass):
@@ -53,7 +62,7 @@ def same_value(node: Node, *, copies: bool = True) -> Node | None:
     before, after = source.meta.get("val"), node.meta.get("val")
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor) or not _alike(before, after):
         return None
-    if is_op(node, *_SHAPES, *_ALIASES, "aten::copy") or is_op(node, "aten::dropout") and _inert_dropout(node) or _times_one(node, after):
+    if is_op(node, *_SHAPES, *_ALIASES, "aten::copy") or (is_op(node, "aten::dropout") and _inert_dropout(node)) or _times_one(node, after):
         return source
     if is_op(node, *_CASTS):
         copied = bound_arguments(node).get("copy") is True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -61,22 +62,23 @@ def _replace(node: Node) -> Declined | None:
         for child in path[:-1]:
             if not _invertible(child):
                 return Declined(f"{child.name} is read as another view of the same memory, and {child.target} has no inverse")
-    if any(not _certain(alias) for alias in [*path[:-1], *later] if alias is not root):
+    shared = [*later, *(path[:-1] if needs_root else [])]
+    if any(not _certain(alias) for alias in shared if alias is not root):
         return Declined(f"it cannot be told whether {root.name} shares its memory with a view that is read later")
-    value = insert_call(node, op, *node.args, **node.kwargs)
+    value = insert_call(node, op, *node.args, **dict[str, Any](node.kwargs))
     if value.meta["val"].dtype != target.meta["val"].dtype:  # written memory keeps its dtype, a new value is promoted
         value = insert_call(node, aten.to.dtype, value, target.meta["val"].dtype)
     renewed = {target: value}
     node.replace_all_uses_with(renewed[target])
     if needs_root:
-        for child, parent in zip(path, path[1:], strict=False):
+        for child, parent in pairwise(path):
             renewed[parent] = _put_back(child, parent, renewed[child], node)
     for alias in family:  # in graph order: a view's parent comes first
         if alias in renewed or not (alias in later or any(_descends(other, alias) for other in later)):
             continue
-        parent = _viewed(alias)
-        if parent in renewed:
-            renewed[alias] = insert_call(node, alias.target, renewed[parent], *alias.args[1:], like=alias, **alias.kwargs)
+        source = _viewed(alias)
+        if source in renewed:
+            renewed[alias] = insert_call(node, alias.target, renewed[source], *alias.args[1:], like=alias, **dict[str, Any](alias.kwargs))
     for alias, value in renewed.items():
         alias.replace_all_uses_with(value, delete_user_cb=lambda user: node < user)
     node.graph.erase_node(node)

@@ -53,7 +53,9 @@ class NumericGuard:
         """Runs the graph on the made-up input. Raises what its ops raise."""
         weights = {path: tensor for path in tensors_read(graph) if (tensor := tensor_at(graph, path)) is not None}
         made_up = {path: tensor.shape for path, tensor in weights.items() if tensor.is_meta}
-        size = sum(tensor.numel() * (4 if path in made_up else tensor.dtype.itemsize) for path, tensor in weights.items() if _strided(tensor))
+        size = sum(
+            tensor.numel() * (4 if path in made_up else tensor.dtype.itemsize) for path, tensor in weights.items() if _strided(tensor)
+        )
         if size > self._size_limit:
             return Inert(f"the weights take {size / 2**20:.0f} MiB, above the limit of {self._size_limit / 2**20:.0f} MiB")
         devices = {tensor.device for tensor in weights.values()}
@@ -66,7 +68,9 @@ class NumericGuard:
         half = not made_up and any(tensor.dtype in _HALF for tensor in weights.values())
         return Sample(tuple(value.float() for value in _tensors(outputs)), made_up, half)
 
-    def compare(self, before: Sample | Inert, graph: GraphModule, *, name: str, distribution: str, safety: Safety) -> tuple[Sample | Inert, str]:
+    def compare(
+        self, before: Sample | Inert, graph: GraphModule, *, name: str, distribution: str, safety: Safety
+    ) -> tuple[Sample | Inert, str]:
         """Runs the graph as the pass left it. The sample, for the next pass, and one line for the plan.
 
         Raises `NumericGuardError` if the graph no longer runs, or computes something else.
@@ -77,12 +81,15 @@ class NumericGuard:
             if isinstance(before, Inert):
                 return Inert(f"the graph cannot be run here: {type(error).__name__}"), f"inert: {before.reason}"
             raise NumericGuardError(
-                f"the graph no longer runs after the pass {name}", where=f"pass {name} of {distribution}", why=f"{type(error).__name__}: {error}"
+                f"the graph no longer runs after the pass {name}",
+                where=f"pass {name} of {distribution}",
+                why=f"{type(error).__name__}: {error}",
             ) from error
         for side in (before, after):
             if isinstance(side, Inert):
                 return after, f"inert: {side.reason}"
-        assert isinstance(before, Sample) and isinstance(after, Sample)
+        assert isinstance(before, Sample)
+        assert isinstance(after, Sample)
         changed = [path for path, shape in after.made_up.items() if before.made_up.get(path) != shape]
         if changed:
             return after, f"inert: {len(changed)} weights ({changed[0]} ...) are new and have no values yet"
@@ -141,7 +148,7 @@ def _random(path: str, like: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(path.encode()).digest()[:6], "little"))
     if like.dim() < 2:
         return 0.5 + torch.rand(like.shape, generator=generator)
-    return torch.randn(like.shape, generator=generator) / like.shape[-1] ** 0.5
+    return torch.randn(like.shape, generator=generator).div(float(like.shape[-1]) ** 0.5)
 
 
 def _inputs(graph: GraphModule, device: torch.device) -> list[torch.Tensor] | Inert:

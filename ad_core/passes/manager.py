@@ -89,7 +89,9 @@ class PassManager:
             graph.graph.lint()
         except RuntimeError as error:
             raise GraphInvalidError(
-                f"the pass {offer.name} left a graph that is not well formed", where=f"pass {offer.name} of {offer.distribution}", why=str(error)
+                f"the pass {offer.name} left a graph that is not well formed",
+                where=f"pass {offer.name} of {offer.distribution}",
+                why=str(error),
             ) from error
         graph.recompile()
         report.seconds = time.perf_counter() - start

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch._dynamo.source import ConstantSource
 from torch.fx import GraphModule, Node
@@ -10,7 +12,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicC
 from ad_core.api.passes import Pass, PassContext, PassReport
 from ad_core.api.types import Declined, Stage
 from ad_core.graph.axes import TOKEN_INPUTS, Axis, Sizes, UnknownSize
-from ad_core.graph.edit import insert_call, is_op, new_input, output_node, refresh_value
+from ad_core.graph.edit import find_input, insert_call, is_op, new_input, output_node, refresh_value
 from ad_core.graph.token_rules import Call, judge
 
 aten = torch.ops.aten
@@ -98,12 +100,13 @@ def _without_length(node: Node, sizes: Sizes) -> bool:
 
 
 def _rows_input(graph: GraphModule, name: str) -> Node:
-    found = next((node for node in graph.graph.nodes if node.op == "placeholder" and node.target == name), None)
+    found = find_input(graph, name)
     if found is not None and found.meta.get("val") is not None:
         return found
     ids = next(node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder" and node.target in TOKEN_INPUTS)
-    context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-    value = ids.fake_mode.from_tensor(torch.zeros(5, dtype=torch.int64), symbolic_context=context, source=ConstantSource(name)).to(ids.device)
+    context: StatelessSymbolicContext[..., Any] = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+    example = torch.zeros(5, dtype=torch.int64)
+    value = ids.fake_mode.from_tensor(example, symbolic_context=context, source=ConstantSource(name)).to(ids.device)
     if found is None:
         return new_input(graph, name, value)
     found.meta["val"] = value

@@ -12,7 +12,7 @@ and a mixer that is found drops them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 from ad_core.api.passes import Pass, PassContext, PassReport
 from ad_core.api.types import Stage
 from ad_core.graph.axes import Sizes
-from ad_core.graph.edit import insert_call, live_nodes, mutates, new_input, refresh_value, remove_dead_code
+from ad_core.graph.edit import find_input, insert_call, live_nodes, mutates, new_input, refresh_value, remove_dead_code
 
 aten = torch.ops.aten
 
@@ -65,7 +65,7 @@ def _evaluate(graph: GraphModule, sizes: Sizes) -> dict[Node, int]:
         if not all(parent in values for parent in node.all_input_nodes) or not _deterministic(node):
             continue
         try:
-            values[node] = [_call(node, lambda parent, index=index: values[parent][index]) for index in (0, 1)]
+            values[node] = [_call(node, {parent: values[parent][index] for parent in node.all_input_nodes}) for index in (0, 1)]
         except Exception:  # an op may refuse for any reason; then its value is not known, and what follows from it neither
             values.pop(node, None)
             continue
@@ -75,8 +75,8 @@ def _evaluate(graph: GraphModule, sizes: Sizes) -> dict[Node, int]:
     return found
 
 
-def _call(node: Node, value_of: Callable[[Node], Any]) -> Any:
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value_of)
+def _call(node: Node, values: Mapping[Node, Any]) -> Any:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     to_cpu = lambda value: torch.device("cpu") if isinstance(value, torch.device) else value  # noqa: E731
     args, kwargs = torch.fx.node.map_aggregate((args, kwargs), to_cpu)
     return node.target(*args, **kwargs)  # type: ignore[operator]
@@ -107,9 +107,9 @@ class _Masks:
         self._known: dict[Node, bool] = {}
         self._plain: set[Node] = set()
         for node in graph.graph.nodes:
-            if node.op == "placeholder" and node.target == "position_ids":
-                self._plain.add(node)
-            elif node.op == "call_function" and all(parent in self._plain or not _is_tensor(parent) for parent in node.all_input_nodes):
+            given = node.op == "placeholder" and node.target == "position_ids"
+            made = node.op == "call_function" and all(parent in self._plain or not _is_tensor(parent) for parent in node.all_input_nodes)
+            if given or made:
                 self._plain.add(node)
 
     def only(self, node: Node) -> bool:
@@ -135,7 +135,11 @@ def _substitute(graph: GraphModule, node: Node, users: list[Node], offset: int) 
     elif value.dim() == 2 and _take_rows(graph, node, users, spelled):
         return
     else:
-        rows = insert_call(node, aten.slice.Tensor, spelled, 0, 0, 1) if value.dim() == 2 else insert_call(node, aten.select.int, spelled, 0, 0)
+        rows = (
+            insert_call(node, aten.slice.Tensor, spelled, 0, 0, 1)
+            if value.dim() == 2
+            else insert_call(node, aten.select.int, spelled, 0, 0)
+        )
     if value.dtype != rows.meta["val"].dtype:
         rows = insert_call(node, aten.to.dtype, rows, value.dtype)
     for user in users:
@@ -190,10 +194,11 @@ def _only_batched(before: Any, after: Any) -> bool:
 
 def _position_input(graph: GraphModule) -> Node:
     """The placeholder `position_ids`, made to look like `input_ids` if there is none."""
-    inputs = {str(node.target): node for node in graph.graph.nodes if node.op == "placeholder"}
-    if "position_ids" in inputs:
-        return inputs["position_ids"]
-    like = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+    found = find_input(graph, "position_ids")
+    if found is not None:
+        return found
+    like = find_input(graph, "input_ids") or find_input(graph, "inputs_embeds")
+    assert like is not None  # `Sizes` has seen one
     value = like.meta["val"]
     with value.fake_mode:
         ids = torch.empty(value.shape[:2], dtype=torch.int64, device=value.device)
