@@ -30,7 +30,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def _bytes(size: object) -> int:
-    if isinstance(size, bool) or not isinstance(size, int | str):
+    if not isinstance(size, int | str):
         raise ValueError(f"{size!r} is not an amount of memory")
     match = _SIZE.fullmatch(str(size))
     unit = _UNITS.get(match[2].lower() or "b") if match else None

@@ -59,7 +59,7 @@ class _Reads(IntEnum):
 
 
 def find_mixing(graph: GraphModule, claimed: Iterable[str] = ()) -> list[MixingNode]:
-    """Every unclaimed place where tokens mix, in graph order. `claimed` are names of canonical ops ("ad_attention::attention").
+    """Every unclaimed place where tokens mix, in graph order. `claimed` are names of canonical ops ("ad_toy::mix").
 
     The graph is not changed. Runs regions on the CPU with made-up numbers, so weights may be on meta. Raises
     `GraphInvalidError` if the graph has no token input with a symbolic length, or writes to a value in place: what is written

@@ -1,8 +1,8 @@
 """The kit: a plugin's test subclasses `MixerConformance`, and every check runs on every kernel and case.
 
     class TestAttention(MixerConformance):
-        mixer = "ad_attention.mixer:Attention"
-        cases = "ad_attention.testing:CASES"
+        mixer = "ad_toy.mixer:Mix"
+        cases = "ad_toy.testing:CASES"
         min_checks = 100
 
 Test ids are check, kernel and case: `pytest -k "decode and torch"`.

@@ -45,8 +45,9 @@ def test_a_plugin_for_another_major_of_the_contract_is_not_imported(install):
     assert module not in sys.modules
 
 
-def test_a_plugin_that_serves_several_majors_is_taken_for_ours(install):
-    install("toy", groups=["ad_core.plugins.v2", "ad_core.plugins.v1"])
+@pytest.mark.parametrize("groups", [["ad_core.plugins.v2", "ad_core.plugins.v1"], ["ad_core.plugins.v1", "ad_core.plugins.v2"]])
+def test_a_plugin_that_serves_several_majors_is_taken_for_ours(install, groups):
+    install("toy", groups=groups)
     assert only(Registry.load()).state is State.LOADED
 
 

@@ -96,6 +96,12 @@ def test_a_part_that_two_mixers_list_counts_once(plugin):
     assert len(isolated(toy(plugin, ad_mixers=[Mix([seam])], ad_ops=[row])).seams()) == 1
 
 
+def test_parts_of_a_plugin_that_fails_while_they_are_collected_are_left_out(plugin):
+    registry = Registry.isolated(toy(plugin, ad_mixers=[Mix(kernels=[Ref()])], ad_kernels=None), strict=False)
+    assert registry.kernels_for("ad_toyreg::mix") == ()
+    assert registry.mixers() == ()
+
+
 class BadRoles(Mix):
     name, roles = "toy.bad", MappingProxyType({"x": Role.TOKEN})
 
