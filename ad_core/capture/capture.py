@@ -26,7 +26,6 @@ from ad_core.graph.unclaimed import RegistryHint
 from ad_core.plan import Attempt, Claim, Plan
 from ad_core.registry.records import Offer
 
-
 _FATAL = (CheckpointError, ConfigError, PluginError)
 """No other way in would fare better."""
 
@@ -213,7 +212,9 @@ def _refusal(source: ModelSource, failures: Sequence[tuple[str, Exception]]) -> 
     unclaimed = next((error for _, error in reversed(failures) if isinstance(error, UnclaimedMixerError)), None)
     last = failures[-1][1] if failures else None
     if unclaimed is not None:
-        refusal: CaptureError = UnclaimedMixerError(unclaimed.what, where=unclaimed.where, why=f"tried\n         {ways}", hint=unclaimed.hint)
+        refusal: CaptureError = UnclaimedMixerError(
+            unclaimed.what, where=unclaimed.where, why=f"tried\n         {ways}", hint=unclaimed.hint
+        )
     else:
         refusal = CaptureError(
             f"{source.name} cannot be captured",

@@ -22,8 +22,11 @@ from ad_core.capture.ties import tied_groups
 class Stored(Protocol):
     """A tensor that has not been read."""
 
-    dtype: torch.dtype
-    shape: tuple[int, ...]
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The tensor, in `dtype`."""
@@ -148,10 +151,14 @@ def _tables(module: nn.Module) -> tuple[list[Any], list[Any]]:
     if not isinstance(module, PreTrainedModel):
         return [], []
     mapping = get_model_conversion_mapping(module)
-    return [entry for entry in mapping if isinstance(entry, WeightRenaming)], [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    return [entry for entry in mapping if isinstance(entry, WeightRenaming)], [
+        entry for entry in mapping if isinstance(entry, WeightConverter)
+    ]
 
 
-def _renamed(key: str, renamings: list[Any], converters: list[Any], prefix: str | None, slots: Mapping[str, torch.Tensor]) -> tuple[str, str | None]:
+def _renamed(
+    key: str, renamings: list[Any], converters: list[Any], prefix: str | None, slots: Mapping[str, torch.Tensor]
+) -> tuple[str, str | None]:
     """The module's name for a stored tensor, and the pattern of the converter that it goes through, if any."""
     if not renamings and not converters:
         return _with_prefix(key, prefix, slots), None

@@ -62,7 +62,7 @@ def export_module(
     """Exports the forward of `module` with its inputs `input_ids` [B, S] and, if it takes them and `give_positions`, `position_ids` [B, S].
 
     The module may be on meta; its own tensors are not touched and it is left as it was. `device` is where the graph will run:
-    its constants say so. Layers that do the same are traced once unless `repeats` is False; `entries` is told when the whole module has run.
+    its constants say so. Layers that do the same are traced once unless `repeats` is False. `entries` counts what seams put in.
     Raises what the module or torch.export raise.
     """
     form = forward_form(module)
@@ -97,7 +97,9 @@ def _rehearsed(
             LogitsOnly(module, form)(*inputs)
     except Exception as error:  # whatever the author's code raises: the export will say it better, or do without
         entries.counts = before
-        return RepeatPlan([]), f"layers were traced one by one: the rehearsal raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return RepeatPlan(
+            []
+        ), f"layers were traced one by one: the rehearsal raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     entries.executed = rehearsal.executed
     return RepeatPlan.of(rehearsal.calls), ""
 

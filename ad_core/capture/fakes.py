@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ def fake_weights(module: nn.Module, mode: FakeTensorMode, device: torch.device) 
     The module may be on meta: constants that its forward makes then carry the real device, and no op mixes meta with it. Its own
     tensors come back as the same objects.
     """
-    slots = [(table, name, tensor) for part in module.modules() for table in (part._parameters, part._buffers) for name, tensor in table.items()]
+    slots: list[tuple[dict[str, Any], str, torch.Tensor | None]] = [
+        (table, name, tensor) for part in module.modules() for table in (part._parameters, part._buffers) for name, tensor in table.items()
+    ]
     fakes: dict[int, torch.Tensor] = {}
     with mode, torch.no_grad():
         for _, _, tensor in slots:

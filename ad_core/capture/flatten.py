@@ -51,10 +51,14 @@ def flatten(program: ExportedProgram, origin: Origin, names: list[str], plan: Re
     `plan`. Metas kept: `val`, `nn_module_stack` (paths of `module`), `stack_trace`. Raises `CaptureError` if the forward writes to
     buffers, `RepeatError` if the marks of blocks are not as planned.
     """
-    writes = [spec for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    writes = [
+        str(spec.target).removeprefix(origin.prefix)
+        for spec in program.graph_signature.output_specs
+        if spec.kind is not OutputKind.USER_OUTPUT
+    ]
     if writes:
         raise CaptureError(
-            f"the forward of {origin.kind} writes to what it keeps: {', '.join(str(spec.target).removeprefix(origin.prefix) for spec in writes)}",
+            f"the forward of {origin.kind} writes to what it keeps: {', '.join(writes)}",
             why="a graph of one forward has no memory between calls",
             hint="make the forward compute the value anew, or do not store it",
         )
@@ -120,7 +124,9 @@ class _Flattener:
                     self._attributes[path] = constant
                 self._paths[node] = path
             else:
-                raise CaptureError(f"the exported graph has an input of kind {spec.kind.name}: {spec.target}", hint="only tensors can be captured")
+                raise CaptureError(
+                    f"the exported graph has an input of kind {spec.kind.name}: {spec.target}", hint="only tensors can be captured"
+                )
 
     def _get(self, node: Node) -> Node:
         if node in self._paths:

@@ -25,7 +25,9 @@ class ForwardForm:
 def forward_form(module: nn.Module) -> ForwardForm:
     """Read from the signature of the module's forward. Raises `CaptureError` if it cannot be called with ids alone."""
     parameters = inspect.signature(module.forward).parameters
-    named = [name for name, value in parameters.items() if value.kind in (value.POSITIONAL_ONLY, value.POSITIONAL_OR_KEYWORD, value.KEYWORD_ONLY)]
+    named = [
+        name for name, value in parameters.items() if value.kind in (value.POSITIONAL_ONLY, value.POSITIONAL_OR_KEYWORD, value.KEYWORD_ONLY)
+    ]
     if not named:
         raise CaptureError(
             f"{type(module).__name__}.forward takes no token ids",

@@ -77,12 +77,18 @@ def _winners(offers: list[Offered], plan: Plan) -> list[Offered]:
             winners.append(offer)
             continue
         for rival in rivals:
-            if rival.rank[:2] == offer.rank[:2] and rival.distribution != offer.distribution and not _same(rival.proposal, offer.proposal, rival, offer):
+            if (
+                rival.rank[:2] == offer.rank[:2]
+                and rival.distribution != offer.distribution
+                and not _same(rival.proposal, offer.proposal, rival, offer)
+            ):
                 raise _tie(rival, offer)
         contested.setdefault(id(rivals[0]), {})[offer.matcher.name] = f"overlaps: {_why(rivals[0], offer)}"
     for winner in winners:
         if losers := contested.get(id(winner)):
-            plan.decisions.append(Decision(f"{winner.matcher.produces} at {module_path(winner.proposal.output)}", winner.matcher.name, "match", losers))
+            plan.decisions.append(
+                Decision(f"{winner.matcher.produces} at {module_path(winner.proposal.output)}", winner.matcher.name, "match", losers)
+            )
     return winners
 
 
@@ -131,7 +137,9 @@ def _write(graph: GraphModule, winner: Offered) -> Node:
         value = proposal.rewrite(graph, node) if proposal.rewrite is not None else node
         _describe(before, output)
     wanted, found = output.meta.get("val"), value.meta.get("val")
-    if isinstance(wanted, torch.Tensor) and (not isinstance(found, torch.Tensor) or found.dim() != wanted.dim() or found.dtype != wanted.dtype):
+    if isinstance(wanted, torch.Tensor) and (
+        not isinstance(found, torch.Tensor) or found.dim() != wanted.dim() or found.dtype != wanted.dtype
+    ):
         raise CaptureError(
             f"the matcher {winner.matcher.name} replaces a value by one of another form",
             where=module_path(output),
@@ -157,7 +165,9 @@ def _by_schema(winner: Offered, op: OpOverload, arguments: Mapping[str, Any]) ->
         )
     leading = itertools.takewhile(lambda argument: not argument.kwarg_only and argument.name in arguments, schema)
     args = {argument.name: arguments[argument.name] for argument in leading}
-    return tuple(args.values()), {argument.name: arguments[argument.name] for argument in schema if argument.name in arguments and argument.name not in args}
+    return tuple(args.values()), {
+        argument.name: arguments[argument.name] for argument in schema if argument.name in arguments and argument.name not in args
+    }
 
 
 def _describe(before: Node, end: Node) -> None:

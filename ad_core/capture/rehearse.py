@@ -42,9 +42,7 @@ class BlockCall:
 
     def does_the_same_as(self, other: BlockCall) -> bool:
         """Whether both calls compute the same function of their varying inputs and of the block's own weights."""
-        mine, theirs = (
-            (call.kind, call.inputs, call.outputs, call.trees, call.stream) for call in (self, other)
-        )
+        mine, theirs = ((call.kind, call.inputs, call.outputs, call.trees, call.stream) for call in (self, other))
         return not self.faults and not other.faults and mine == theirs
 
 
@@ -148,7 +146,9 @@ class Rehearsal(TorchDispatchMode):
         return self._names[id(tensor)]
 
     def _constant(self, value: Any) -> Hashable:
-        if value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)):
+        if value is None or isinstance(
+            value, (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, torch.memory_format)
+        ):
             return ("constant", type(value).__name__, repr(value))
         self._alive.append(value)
         return ("object", id(value))

@@ -131,6 +131,14 @@ class TracedBlock:
     outputs: dict[int, Node] = field(default_factory=dict)
 
 
+def _mark_of(node: Node) -> tuple[Node, int, int]:
+    like, _, number, leaf = node.args
+    assert isinstance(like, Node)
+    assert isinstance(number, int)
+    assert isinstance(leaf, int)
+    return like, number, leaf
+
+
 def traced_blocks(nodes: Sequence[Node], plan: RepeatPlan) -> dict[int, TracedBlock]:
     """The nodes of every call that has copies. Raises `RepeatError` if marks are missing."""
     blocks: dict[int, TracedBlock] = {}
@@ -140,7 +148,7 @@ def traced_blocks(nodes: Sequence[Node], plan: RepeatPlan) -> dict[int, TracedBl
             if inside is not None:
                 blocks[inside].nodes.append(node)
             continue
-        like, _, number, leaf = node.args
+        like, number, leaf = _mark_of(node)
         if number in plan.varying and leaf >= 0:
             blocks.setdefault(number, TracedBlock()).inputs[leaf] = node
             inside = number

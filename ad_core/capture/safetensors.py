@@ -19,7 +19,16 @@ from ad_core.capture.tensor_file import StoredTensor, TensorFile
 
 INDEX = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+    "*.tiktoken",
+)
 
 
 class SafetensorsLoader(Loader):
@@ -75,9 +84,12 @@ class SafetensorsCheckpoint(Checkpoint):
                     f"transformers does not know the architecture {kind!r}" if kind else "config.json names no model_type",
                     where=str(self.path / "config.json"),
                     why=_first_line(error),
-                    hint=f"is it {close!r}? " * bool(close) + "a newer transformers may know it; a module in memory can be given instead of a directory",
+                    hint=f"is it {close!r}? " * bool(close)
+                    + "a newer transformers may know it; a module in memory can be given instead of a directory",
                 ) from error
-            raise UnknownModelError("config.json cannot be read as a configuration", where=str(self.path), why=_first_line(error)) from error
+            raise UnknownModelError(
+                "config.json cannot be read as a configuration", where=str(self.path), why=_first_line(error)
+            ) from error
         if getattr(config, "dtype", None) is None:
             floating = (stored.dtype for stored in self._stored.values() if stored.dtype.is_floating_point)
             config.dtype = next(floating, torch.float32)
@@ -92,7 +104,9 @@ class SafetensorsCheckpoint(Checkpoint):
         try:
             return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # as above
-            raise ModelError("the tokenizer cannot be loaded", where=str(self.path), why=_first_line(error), hint="token ids work without it") from error
+            raise ModelError(
+                "the tokenizer cannot be loaded", where=str(self.path), why=_first_line(error), hint="token ids work without it"
+            ) from error
 
     def tensors(self, model: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Streams the weights as `model` names and lays them out, each in the dtype that `model` has for it."""
@@ -140,7 +154,9 @@ def _files(path: Path) -> list[TensorFile]:
             why="loading a pickle runs whatever code it holds",
             hint="convert them where you trust them: load the model with transformers and call save_pretrained, which writes safetensors",
         )
-    raise CheckpointError("the directory holds no weights", where=str(path), why=f"it holds {_listing(path)}", hint="expected model.safetensors")
+    raise CheckpointError(
+        "the directory holds no weights", where=str(path), why=f"it holds {_listing(path)}", hint="expected model.safetensors"
+    )
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -149,7 +165,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{path.name} cannot be read", where=str(path), why=str(error), hint="the file is damaged: fetch it again") from error
+        raise CheckpointError(
+            f"{path.name} cannot be read", where=str(path), why=str(error), hint="the file is damaged: fetch it again"
+        ) from error
     if not isinstance(value, Mapping):
         raise CheckpointError(f"{path.name} holds no object", where=str(path), hint="the file is damaged: fetch it again")
     return dict(value)

@@ -72,7 +72,10 @@ class ModelSource:
             if self.checkpoint is None:
                 moved: dict[int, torch.Tensor] = {}
                 tensors = [*self.module.named_parameters(remove_duplicate=False), *self.module.named_buffers(remove_duplicate=False)]
-                values = {name: moved.setdefault(id(tensor), tensor if tensor.device == device else tensor.detach().to(device)) for name, tensor in tensors}
+                values = {
+                    name: moved.setdefault(id(tensor), tensor if tensor.device == device else tensor.detach().to(device))
+                    for name, tensor in tensors
+                }
             else:
                 values = read_weights(self.module, self.checkpoint, self.dtype, self._computed, device, progress)
             self._weights = (device, values)
@@ -107,7 +110,7 @@ class ModelSource:
 
 
 def load_weights(graph: GraphModule, source: ModelSource, device: torch.device | str, progress: Progress | None = None) -> int:
-    """The LOAD stage: gives `graph` the source's weights on `device` and lets the source go of them. Returns the bytes that the graph holds.
+    """The LOAD stage: gives `graph` the source's weights on `device`; the source lets go of them. Returns the bytes that the graph holds.
 
     The checkpoint is read now unless `capture` has done so to compare numbers. Raises `CheckpointError` for what is wrong with it,
     `GraphInvalidError` if the graph reads a tensor that has no value after it.
@@ -209,7 +212,11 @@ def _from_memory(
     tensors = [*module.named_parameters(), *module.named_buffers()]
     lost = [name for name, tensor in tensors if tensor.is_meta]
     if lost:
-        raise ModelError(f"the module has no weights: {lost[0]!r} is on device meta", where=type(module).__name__, hint="load its weights first, or give a directory")
+        raise ModelError(
+            f"the module has no weights: {lost[0]!r} is on device meta",
+            where=type(module).__name__,
+            hint="load its weights first, or give a directory",
+        )
     own = next((tensor.dtype for _, tensor in tensors if tensor.is_floating_point()), torch.float32)
     if _dtype(dtype, own) is not own:
         raise ConfigError(
@@ -259,7 +266,12 @@ def _given_tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(tokenizer, local_files_only=True, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises ValueError, OSError, KeyError
-        raise ModelError("the tokenizer cannot be loaded", where=str(tokenizer), why=str(error).strip().splitlines()[0], hint="give a directory with tokenizer files") from error
+        raise ModelError(
+            "the tokenizer cannot be loaded",
+            where=str(tokenizer),
+            why=str(error).strip().splitlines()[0],
+            hint="give a directory with tokenizer files",
+        ) from error
 
 
 def _dtype(asked: str | torch.dtype, own: Any) -> torch.dtype:

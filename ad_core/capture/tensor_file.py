@@ -68,7 +68,9 @@ class StoredTensor:
         while done < len(buffer):
             count = os.preadv(handle, [buffer[done : done + (1 << 30)]], offset + done)
             if not count:
-                raise CheckpointError(f"the file ends inside the tensor {self.name!r}", where=str(self.file), hint="the file is truncated: fetch it again")
+                raise CheckpointError(
+                    f"the file ends inside the tensor {self.name!r}", where=str(self.file), hint="the file is truncated: fetch it again"
+                )
             done += count
 
 
@@ -113,4 +115,4 @@ def _opened(path: Path) -> Iterator[int]:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")  # type: ignore[arg-type]

@@ -28,8 +28,10 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 reference's logits. A wrong mask, position or scale shows as a tenth or more."""
 
 
-def verify_structure(graph: GraphModule, ops: Collection[str], entered: Mapping[str, int], executed: Mapping[str, int] | None, hint: RegistryHint) -> None:
-    """Raises `UnclaimedMixerError` if tokens mix outside of the canonical `ops`, `CaptureError` if an op that the module ran is not in the graph.
+def verify_structure(
+    graph: GraphModule, ops: Collection[str], entered: Mapping[str, int], executed: Mapping[str, int] | None, hint: RegistryHint
+) -> None:
+    """Raises `UnclaimedMixerError` if tokens mix outside of the canonical `ops`, `CaptureError` if one that the module ran is not there.
 
     `entered` counts what seams put in, `executed` every canonical op of one whole run of the module (None: there was none).
     """

@@ -66,7 +66,9 @@ def place_weights(graph: GraphModule, weights: Mapping[str, torch.Tensor]) -> in
             set_tensor(graph, path, weights[path])
         tensor = tensor_at(graph, path)
         if tensor is None or tensor.is_meta:
-            raise GraphInvalidError(f"the graph reads {path!r}, which has no value", hint="load it from a checkpoint, or fill it in a pass before LOAD ends")
+            raise GraphInvalidError(
+                f"the graph reads {path!r}, which has no value", hint="load it from a checkpoint, or fill it in a pass before LOAD ends"
+            )
         seen[id(tensor)] = tensor.nbytes
     return sum(seen.values())
 
@@ -98,7 +100,9 @@ def _placed(value: torch.Tensor, slot: torch.Tensor, device: torch.device) -> to
     return nn.Parameter(value, requires_grad=False) if isinstance(slot, nn.Parameter) else value
 
 
-def _check_complete(module: nn.Module, weights: Mapping[str, torch.Tensor], slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint) -> None:
+def _check_complete(
+    module: nn.Module, weights: Mapping[str, torch.Tensor], slots: Mapping[str, torch.Tensor], checkpoint: Checkpoint
+) -> None:
     optional = [re.compile(pattern) for pattern in getattr(module, "_keys_to_ignore_on_load_missing", None) or ()]
     missing = [name for name in slots if name not in weights and not any(pattern.search(name) for pattern in optional)]
     if missing:

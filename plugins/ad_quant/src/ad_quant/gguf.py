@@ -38,7 +38,9 @@ class GGUFLoader(Loader):
         parts = file.metadata.get("split.count", 0)
         if isinstance(parts, int) and parts > 1:
             raise CheckpointError(
-                f"the file is one of {parts} parts of a model, which are not read", where=str(path), hint="join them first: llama-gguf-split --merge"
+                f"the file is one of {parts} parts of a model, which are not read",
+                where=str(path),
+                hint="join them first: llama-gguf-split --merge",
             )
         return GGUFCheckpoint(file)
 

@@ -119,7 +119,9 @@ class GgufFile:
             self.tensors.append(GgufTensor(name, shape, kind, base + offset, prod(shape) // block * width))
 
     def _damaged(self, why: str) -> CheckpointError:
-        return CheckpointError(f"{self.path.name} is no whole GGUF file", where=str(self.path), why=why, hint="it is damaged or truncated: fetch it again")
+        return CheckpointError(
+            f"{self.path.name} is no whole GGUF file", where=str(self.path), why=why, hint="it is damaged or truncated: fetch it again"
+        )
 
 
 class _Cursor:
