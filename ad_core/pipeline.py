@@ -58,6 +58,13 @@ def build(
     return way.cached()
 
 
+def outline(model: str | Path | nn.Module, config: EngineConfig) -> Plan:
+    """The plan of `build` without its cost: weights are not loaded, so numbers are not compared and no memory is taken."""
+    way = _Pipeline(model, config.model_copy(update={"verify": False}), None, Silent())
+    way.planned()
+    return way.plan
+
+
 class CompiledGraph:
     """The canonical graph of a model, compiled and uncached: whole sequences in, logits out. Stateless, so it is the oracle."""
 
@@ -118,19 +125,14 @@ class _Pipeline:
 
     def cached(self) -> Built:
         """Capture to `CachedModel`."""
-        limits = _limits(self.config, self.source)
-        choices = KernelChoices(self.registry, _environment(self.device, limits), self.config.kernels, self.config.prefer)
-        served = [Served(offer.item, self.options.get(offer.plugin, {})) for offer in self.registry.canonical_ops()]
-        insertion = InsertCaches(served, choices.choose, limits, self.plan)
-        manager = self._manager([*engine_passes(), insertion])
+        insertion, choices, manager = self._insertion()
         graph = self._captured(manager)
-        with self._phase("passes"):
-            self._run(manager, graph, Stage.FUSE, Stage.CACHE)
-            self.plan.decisions += choices.decisions
-            self.plan.memory["weights"] = _tensor_bytes(graph)
-            vocab_size = _width(graph)
-            self._run(manager, graph, Stage.COMPILE)
+        self._load(manager, graph)
+        self._insert(manager, graph, choices)
+        self.plan.memory["weights"] = _tensor_bytes(graph)
+        vocab_size = _width(graph)
         with self._phase("compile"):
+            self._run(manager, graph, Stage.COMPILE)
             call = self.backend.compile(graph)
         with self._phase("pools"):
             model = build_model(call, insertion.layout, memory=self.config.memory, vocab_size=vocab_size, device=self.device)
@@ -139,10 +141,16 @@ class _Pipeline:
         self._ledger(model, workspace)
         return Built(model, self.source, self.plan)
 
+    def planned(self) -> None:
+        """Capture to insertion on weights that are not there: everything that is decided, and nothing that is computed."""
+        _, choices, manager = self._insertion()
+        self._insert(manager, self._captured(manager), choices)
+
     def uncached(self, example_ids: torch.Tensor | None) -> CompiledGraph:
         """Capture to `CompiledGraph`."""
         manager = self._manager([])
         graph = self._captured(manager)
+        self._load(manager, graph)
         takes_positions = any(node.op == "placeholder" and node.target == "position_ids" for node in graph.graph.nodes)
         with self._phase("passes"):
             self._run(manager, graph, Stage.FUSE, Stage.COMPILE)
@@ -155,7 +163,7 @@ class _Pipeline:
     # -- parts --------------------------------------------------------------------------------------------------------
 
     def _captured(self, manager: PassManager) -> GraphModule:
-        """The canonical graph with its weights: stages CLEAN to LOAD."""
+        """The canonical graph: stages CLEAN to SHARD."""
         with self.progress.phase("capturing"), self._counted() as count:
             captured = capture(
                 self.source,
@@ -172,10 +180,24 @@ class _Pipeline:
         graph = captured.graph
         with self._phase("passes"):
             self._run(manager, graph, Stage.MATCH, Stage.QUANTIZE, Stage.SHARD)
+        return graph
+
+    def _load(self, manager: PassManager, graph: GraphModule) -> None:
         with self._phase("weights"), self._counted() as count:
             load_weights(graph, self.source, self.device, count)
             self._run(manager, graph, Stage.LOAD)
-        return graph
+
+    def _insertion(self) -> tuple[InsertCaches, KernelChoices, PassManager]:
+        limits = _limits(self.config, self.source)
+        choices = KernelChoices(self.registry, _environment(self.device, limits), self.config.kernels, self.config.prefer)
+        served = [Served(offer.item, self.options.get(offer.plugin, {})) for offer in self.registry.canonical_ops()]
+        insertion = InsertCaches(served, choices.choose, limits, self.plan)
+        return insertion, choices, self._manager([*engine_passes(), insertion])
+
+    def _insert(self, manager: PassManager, graph: GraphModule, choices: KernelChoices) -> None:
+        with self._phase("passes"):
+            self._run(manager, graph, Stage.FUSE, Stage.CACHE)
+        self.plan.decisions += choices.decisions
 
     def _manager(self, extra: Sequence[Pass]) -> PassManager:
         core: list[Pass] = [*clean_passes(), *extra, *compile_passes()]
