@@ -52,9 +52,13 @@ def install_hint(
 
     For the `hint` of an error. `registry` tells what is installed already.
     """
-    steps = [step for plugin in providers(op=op, model_type=model_type, suffix=suffix) if (step := _step(plugin, registry))]
+    known = providers(op=op, model_type=model_type, suffix=suffix)
+    steps = [step for plugin in known if (step := _step(plugin, registry))]
     if steps:
         return "; ".join(steps)
+    if known:
+        names = " and ".join(plugin.distribution for plugin in known)
+        return f"what provides it is installed and loaded ({names}); this model does it in a way that is new: please report it"
     unusable = [record for record in registry.plugins if record.state is not State.LOADED] if registry else []
     if unusable:
         return "no known plugin provides it; perhaps one that is installed would: " + "; ".join(record.line for record in unusable)

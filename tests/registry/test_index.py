@@ -65,6 +65,12 @@ def test_what_is_installed_but_not_usable_is_to_be_mended_not_installed(plugin, 
     assert "ad-attention is installed but blocked" in hint
 
 
+def test_what_is_installed_and_loaded_is_not_to_be_installed_again(plugin):
+    hint = install_hint(Registry.isolated(plugin("attention")), model_type="llama")
+    assert "is installed and loaded (ad-attention)" in hint
+    assert "pip install" not in hint
+
+
 def test_a_broken_plugin_is_named_where_the_index_knows_nothing(install):
     install("exotic", "raise RuntimeError('boom')")
     hint = install_hint(Registry.load(allow=["exotic"]), model_type="exotic")
