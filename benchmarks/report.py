@@ -18,6 +18,8 @@ from peers.tally import CASES, OURS, Case
 
 HERE = Path(__file__).resolve().parent
 START, END = "<!-- benchmark:start -->", "<!-- benchmark:end -->"
+QUIET = 0.5
+"""Load for each core above which a machine is not idle. It is a mean over a minute, so what ran just before counts too."""
 TITLES: Mapping[str, str] = {"ours": "ad-core", "hf": "transformers `generate`", "llama.cpp": "llama.cpp"}
 
 
@@ -108,6 +110,8 @@ def _ratio(row: Mapping[str, Any] | None) -> str:
 
 def _notes(result: Mapping[str, Any]) -> str:
     notes = []
+    if (load := result["hw"]["load_before"]) > QUIET * result["hw"]["ncores"]:
+        notes.append(f"**The machine was busy with other work when the run began (load {load:.1f}): these numbers are not to be trusted.**")
     if reads := result["ceilings"]["read_gb_s"]:
         shown = ", ".join(f"{read['median']:.1f} GB/s with {threads} thread{'s' * (threads != '1')}" for threads, read in reads.items())
         notes.append(f"Percentages are of the memory bandwidth measured in the same run (sum of 256 MB): {shown}.")

@@ -26,12 +26,12 @@ def samples(tally, case, engine, values, threads=2):
     return [tally.Sample(case, threads, engine, number, value) for number, value in enumerate(values)]
 
 
-def result(rows, when="2030-01-02T03:04:05+00:00", absent=None):
+def result(rows, when="2030-01-02T03:04:05+00:00", absent=None, load=0.1):
     return {
         "suite": "cpu",
         "when": when,
         "git": {"commit": "abc", "dirty": False},
-        "hw": {"cpu": "A CPU", "ncores": 2, "features": ["avx2"]},
+        "hw": {"cpu": "A CPU", "ncores": 2, "features": ["avx2"], "load_before": load},
         "sw": {"torch": "2", "transformers": "5", "llama-cpp-python": "absent"},
         "model": {"source": "Tiny.Q4.gguf"},
         "workload": {"rounds": 3, "cold_rounds": 1},
@@ -109,6 +109,12 @@ def test_readme_without_a_place_for_the_table_is_refused_and_left_alone(rooms, t
     with pytest.raises(report.NoPlace, match="benchmark:start"):
         report.update_readme(result([]), readme)
     assert readme.read_text() == text
+
+
+def test_a_run_on_a_busy_machine_says_so(rooms):
+    report, _ = rooms
+    assert "not to be trusted" not in report.table(result([], load=0.9))
+    assert "load 3.0" in report.table(result([], load=3.0))
 
 
 def test_newest_is_the_latest_cpu_result(rooms, tmp_path):
