@@ -10,6 +10,7 @@ from ad_core.passes.duplicates import MergeDuplicates
 from ad_core.passes.functional import MakeFunctional
 from ad_core.passes.output_rows import GatherOutputRows
 from ad_core.passes.positions import OwnPositions
+from ad_core.passes.prepack import PrepackLinears
 from ad_core.passes.transposes import CancelTransposes
 
 
@@ -25,4 +26,4 @@ def engine_passes() -> list[Pass]:
 
 def compile_passes() -> list[Pass]:
     """What makes the last graph faster."""
-    return []
+    return [PrepackLinears()]
