@@ -39,27 +39,40 @@ class Detokenizer:
     def __init__(self, vocabulary: Vocabulary, prompt_ids: Sequence[int], skip_special_tokens: bool):
         self._vocabulary = vocabulary
         self._skipped = vocabulary.special if skip_special_tokens else frozenset[int]()
-        self._window = [index for index in prompt_ids[-_CONTEXT:] if index not in self._skipped]
-        self._shown = len(self._stable(vocabulary.text(self._window))) if self._window else 0
+        last = [index for index in prompt_ids[-_LONGEST:] if index not in self._skipped]
+        whole = last if len(prompt_ids) <= _LONGEST else []
+        self._window, text = self._context(last, None) or (whole, vocabulary.text(whole))
+        self._shown = len(_stable(text))
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that is certain now and was not before."""
         self._window += [index for index in ids if index not in self._skipped]
         text = self._vocabulary.text(self._window)
-        stable = self._stable(text)
+        stable = _stable(text)
         new = stable[self._shown :]
         self._shown = max(self._shown, len(stable))
-        # A text that stays incomplete is no character in the making but bytes that are none.
-        if len(self._window) > _LONGEST and (stable == text or len(self._window) > 2 * _LONGEST):
+        if len(self._window) > _LONGEST and stable == text and (context := self._context(self._window, text)):
+            self._window, self._shown = context[0], len(context[1])
+        elif len(self._window) > 2 * _LONGEST:  # no character in the making, but bytes that are none
             new += text[self._shown :]
-            self._window = self._window[-_CONTEXT:]
-            self._shown = len(self._vocabulary.text(self._window))
+            self._window, self._shown = [], 0
         return new
 
     def flush(self) -> str:
         """What was held back. Nothing may be fed afterwards."""
         return self._vocabulary.text(self._window)[self._shown :]
 
-    @staticmethod
-    def _stable(text: str) -> str:
-        return text.rstrip(_REPLACEMENT)
+    def _context(self, ids: list[int], text: str | None) -> tuple[list[int], str] | None:
+        """The last few of `ids` with their own text, which is the end of `text`.
+
+        They begin with a whole character: behind a half one, some decoders take all bytes that follow for broken.
+        """
+        for start in range(max(len(ids) - _CONTEXT, 0), -1, -1):
+            end = self._vocabulary.text(ids[start:])
+            if end and end[0] != _REPLACEMENT and (text is None or text.endswith(end)):
+                return ids[start:], end
+        return None
+
+
+def _stable(text: str) -> str:
+    return text.rstrip(_REPLACEMENT)

@@ -61,7 +61,8 @@ class Sampler:
     def add(
         self, lane: int, params: SamplingParams, *, seed: int, sample: int, tokens: Sequence[int], prompt_len: int, stop_ids: Sequence[int]
     ) -> None:
-        """A sequence takes the lane from whoever had it. `tokens` are its prompt and what was sampled before a preemption; `stop_ids` end it."""
+        """A sequence takes the lane from whoever had it. `tokens` are its prompt and what was sampled before a
+        preemption; `stop_ids` end it."""
         self._special.discard(lane)
         self._penalties.remove(lane)
         bans = params.min_tokens > 0 and len(stop_ids) > 0

@@ -139,7 +139,12 @@ def test_the_audit_sees_each_kind_of_disorder(corrupt):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(["take", "near", "retain", "release", "keep", "drop", "claim", "unclaim"]), st.integers(0, 30)), max_size=80))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["take", "near", "retain", "release", "keep", "drop", "claim", "unclaim"]), st.integers(0, 30)),
+        max_size=80,
+    )
+)
 def test_random_use_keeps_every_page_in_one_state(commands):
     findable: set[int] = set()
     pages = PageAllocator(9, findable.remove)

@@ -38,7 +38,9 @@ rows = st.lists(st.integers(-20, 20).map(lambda step: step / 4), min_size=8, max
 
 
 @settings(max_examples=80, deadline=None)
-@given(rows, st.integers(0, 12), st.sampled_from([0.03, 0.31, 0.77, 0.953, 1.0]), st.sampled_from([0.0, 0.013, 0.21, 0.97]), st.integers(3, 7))
+@given(
+    rows, st.integers(0, 12), st.sampled_from([0.03, 0.31, 0.77, 0.953, 1.0]), st.sampled_from([0.0, 0.013, 0.21, 0.97]), st.integers(3, 7)
+)
 def test_what_is_kept_is_what_the_definition_keeps_and_a_narrow_look_agrees(logits, top_k, top_p, min_p, narrow):
     row = torch.tensor([logits])
     options = torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p])
@@ -54,7 +56,9 @@ def test_what_is_kept_is_what_the_definition_keeps_and_a_narrow_look_agrees(logi
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(rows, st.integers(0, 12), st.sampled_from([0.31, 0.77, 1.0]), st.sampled_from([0.0, 0.21])), min_size=1, max_size=4))
+@given(
+    st.lists(st.tuples(rows, st.integers(0, 12), st.sampled_from([0.31, 0.77, 1.0]), st.sampled_from([0.0, 0.21])), min_size=1, max_size=4)
+)
 def test_a_draw_is_the_largest_noisy_logit_of_what_is_kept_however_narrow_the_look(batch):
     width = max(len(row) for row, *_ in batch)
     logits = torch.tensor([[*row, *[-30.0] * (width - len(row))] for row, *_ in batch])

@@ -86,7 +86,9 @@ def test_a_row_is_drawn_alike_whoever_is_in_the_batch_and_wherever_it_stands():
     params = [SamplingParams(seed=seed, **option) for seed, option in enumerate(options)]
     logits = torch.randn(len(params), V, generator=GENERATOR) * 2
     lengths = [2, 9, 2, 5, 7, 3, 4, 6]
-    alone = [make(p, stop_ids=(4,)).sample(logits[row : row + 1], [1], lengths[row : row + 1]).ids_on_host()[0] for row, p in enumerate(params)]
+    alone = [
+        make(p, stop_ids=(4,)).sample(logits[row : row + 1], [1], lengths[row : row + 1]).ids_on_host()[0] for row, p in enumerate(params)
+    ]
     shuffled = random.Random(0)
     for _ in range(10):
         rows = shuffled.sample(range(len(params)), shuffled.randint(1, len(params)))

@@ -133,7 +133,9 @@ def fold(state: int, index: int) -> int:
     return (5 * state + index + 1) % PRIME
 
 
-def reference(model: ToyExecutor, prompt: Sequence[int], params: SamplingParams, *, sample: int = 0, eos: Sequence[int] = (), max_length: int) -> list[int]:
+def reference(
+    model: ToyExecutor, prompt: Sequence[int], params: SamplingParams, *, sample: int = 0, eos: Sequence[int] = (), max_length: int
+) -> list[int]:
     """What the engine must answer: one sequence, alone, recomputed from its ids at every token."""
     sampler = Sampler(1, model.vocab_size, torch.device("cpu"))
     stop_ids = sorted({*params.stop_token_ids, *(() if params.ignore_eos else eos)})
