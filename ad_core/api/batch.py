@@ -37,12 +37,23 @@ class BatchView(Protocol):
     The counts are plain ints that only `prepare` and the choice of a bucket may read: a graph would bake them in.
     """
 
-    num_tokens: int
-    num_sequences: int
-    num_decodes: int
-    max_query_len: int
-    max_seq_len: int
-    page_size: int
+    @property
+    def num_tokens(self) -> int: ...
+
+    @property
+    def num_sequences(self) -> int: ...
+
+    @property
+    def num_decodes(self) -> int: ...
+
+    @property
+    def max_query_len(self) -> int: ...
+
+    @property
+    def max_seq_len(self) -> int: ...
+
+    @property
+    def page_size(self) -> int: ...
 
     def host(self, name: str) -> torch.Tensor:
         """The field as a CPU tensor, without padding. Not to be written."""

@@ -20,7 +20,8 @@ from typing import Any, ClassVar
 import pytest
 from packaging.requirements import Requirement
 
-from ad_core.api import Kernel, Mixer
+from ad_core.api import Declined, Kernel, Mixer
+from ad_core.api.errors import ConfigError
 from ad_core.testing import kernel_checks, op_checks
 from ad_core.testing.cases import Case
 from ad_core.testing.subject import Subject
@@ -75,7 +76,7 @@ def _declined(subject: Subject, check: Callable[[Subject], None]) -> str | None:
     if subject.kernel is None or check is kernel_checks.supports:
         return None
     answer = subject.declines()
-    return None if answer is None else answer.reason
+    return answer.reason if isinstance(answer, Declined) else None
 
 
 def _interpreting() -> bool:
@@ -148,8 +149,11 @@ class MixerConformance:
     @classmethod
     def _kernels(cls, mixer: Mixer) -> list[Kernel]:
         named = [kernel for kernel in mixer.kernels if cls.kernels is None or kernel.name in cls.kernels]
-        unknown = set(cls.kernels or ()) - {kernel.name for kernel in named}
-        assert not unknown, f"{mixer.name} has no kernel {sorted(unknown)}"
+        for name in cls.kernels or ():
+            if name not in {kernel.name for kernel in named}:
+                raise ConfigError(
+                    f"{mixer.name} has no kernel {name!r}", where=cls.__name__, hint=f"it has {[k.name for k in mixer.kernels]}"
+                )
         return [kernel for kernel in named if absence(kernel, cls.device) is None]
 
     @pytest.fixture(autouse=True)
@@ -158,7 +162,11 @@ class MixerConformance:
         subject = request.getfixturevalue("subject") if "subject" in request.fixturenames else None
         if subject is not None:
             subject.compared = 0
-            if (reason := _declined(subject, kernel_checks.supports if request.function.__name__ == "test_supports" else kernel_checks.prefill)) is not None:
+            if (
+                reason := _declined(
+                    subject, kernel_checks.supports if request.function.__name__ == "test_supports" else kernel_checks.prefill
+                )
+            ) is not None:
                 pytest.skip(f"declined: {reason}")
         yield
         if subject is not None:

@@ -37,7 +37,7 @@ def bind_arguments(
 
 
 @dataclass
-class Sequence_:
+class Running:
     """A sequence of the harness: batch row `index` of the case's arguments, of which `context` tokens are cached."""
 
     index: int
@@ -108,7 +108,7 @@ class Harness:
             for name, spec in kernel.buffers(self.call, self.limits).items()
         }
         self.builder = BatchBuilder(self.limits, 1, self.device)
-        self.sequences = [Sequence_(index, self.free_slots.pop()) for index in range(sequences)]
+        self.sequences = [Running(index, self.free_slots.pop()) for index in range(sequences)]
         self.freed_pages = 0
 
     @property
@@ -121,7 +121,7 @@ class Harness:
         sequence = self.sequences[index]
         self.free_pages += [page for page in sequence.pages if page]
         self.free_slots.append(sequence.slot)
-        self.sequences[index] = Sequence_(index, self.free_slots.pop())
+        self.sequences[index] = Running(index, self.free_slots.pop())
 
     def bind(self, work: Sequence[tuple[int, int]], *, pad_tokens: int = 0, pad_sequences: int = 0, append: bool = True) -> Bound:
         """Prepares a step in which each (sequence, count) of `work` goes on by `count` tokens. Padded rows hold large garbage."""
@@ -158,9 +158,9 @@ class Harness:
         result = self.op(*args, **kwargs)
         return result if isinstance(result, tuple) else (result,)
 
-    def step(self, work: Sequence[tuple[int, int]], **padding: int) -> dict[int, Outputs]:
+    def step(self, work: Sequence[tuple[int, int]]) -> dict[int, Outputs]:
         """One step; the outputs of each sequence's new tokens, [count, ...] each."""
-        bound = self.bind(work, **padding)
+        bound = self.bind(work)
         results = self.run(bound)
         for index, count in work:
             self.sequences[index].context += count
@@ -180,14 +180,16 @@ class Harness:
         tail = value[-1:] if name == "cu_seqlens" else torch.zeros_like(value[:1])
         return torch.cat([value, *[tail] * extra]) if extra else value.clone()
 
-    def _give_pages(self, sequence: Sequence_, tokens: int) -> None:
+    def _give_pages(self, sequence: Running, tokens: int) -> None:
         if self.windows:
             while len(sequence.pages) * self.limits.page_size < tokens:
                 sequence.pages.append(self.free_pages.pop())
 
-    def _free_left_pages(self, sequence: Sequence_) -> None:
+    def _free_left_pages(self, sequence: Running) -> None:
         """Tokens further back than the window are never read again: their pages go, poisoned, to whoever needs one."""
-        for window in self.windows - {None}:
+        for window in self.windows:
+            if window is None:
+                continue
             dead = max(0, sequence.context - window + 1) // self.limits.page_size
             for place, page in enumerate(sequence.pages[:dead]):
                 if page:

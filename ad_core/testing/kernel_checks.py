@@ -61,7 +61,9 @@ def float64(subject: Subject) -> None:
         expected = invoke(subject.mixer.op, in_float64(harness.data))
         for start, count in ((0, 13), (13, 9), (22, 1), (23, 1)):
             outputs = harness.step([(1, count)])[1]
-            subject.close(outputs, [truth[1, start : start + count] for truth in expected], f"{dtype}, tokens {start} to {start + count}", dtype)
+            subject.close(
+                outputs, [truth[1, start : start + count] for truth in expected], f"{dtype}, tokens {start} to {start + count}", dtype
+            )
 
 
 def prefill(subject: Subject) -> None:
@@ -125,7 +127,9 @@ def padding(subject: Subject) -> None:
             before = {name: pool.clone() for name, pool in harness.pools.items()}
             results = harness.run(bound)
             for result in results:
-                subject.equal(int(result[0, bound.num_tokens :].count_nonzero()), 0, f"values other than zero in padded rows, padding {pads}")
+                subject.equal(
+                    int(result[0, bound.num_tokens :].count_nonzero()), 0, f"values other than zero in padded rows, padding {pads}"
+                )
             _only_own_rows(subject, harness, before, bound.token_slots, bound.state_slots)
             for index, count in work:
                 part = slice(starts[index], starts[index] + count)
@@ -217,7 +221,9 @@ def random_steps(dice: random.Random, sequences: int, length: int) -> Steps:
     return steps
 
 
-def _only_own_rows(subject: Subject, harness: Harness, before: dict[str, torch.Tensor], token_slots: set[int], state_slots: set[int]) -> None:
+def _only_own_rows(
+    subject: Subject, harness: Harness, before: dict[str, torch.Tensor], token_slots: set[int], state_slots: set[int]
+) -> None:
     """Since `before`, only the given entries, and null pages and slots, have changed."""
     for name, old in before.items():
         if isinstance(harness.resources[name], PagedTokens):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ad_core.api import Role
 from ad_core.testing.calls import invoke, symbolic_arguments
@@ -38,9 +38,10 @@ def fake(subject: Subject) -> None:
             arguments = subject.arguments(batch, length, dtype)
             agree(subject, op, arguments)
     symbolic = symbolic_arguments(subject.mixer.roles, subject.arguments(3, 7))
-    mode = next(value.fake_mode for value in symbolic.values() if isinstance(value, torch.Tensor))
+    mode = next(value.fake_mode for value in symbolic.values() if isinstance(value, FakeTensor))
     with mode:
         results = invoke(op, symbolic)
+    assert mode.shape_env is not None
     guards = [str(guard.expr) for guard in mode.shape_env.guards]
     subject.equal(guards, [], "the fake looked at sizes that are symbolic")
     for result in results:
@@ -65,7 +66,13 @@ def causality(subject: Subject) -> None:
 
 
 def float64(subject: Subject) -> None:
-    """Each dtype is as close to float64 as it can be expected to be."""
+    """Each dtype is as close to float64 as it can be expected to be; and float64 is float64, or it would be no oracle."""
+    exact = in_float64(subject.arguments(2, 24))
+    nudged = map_tensors(lambda tensor: tensor * (1 + 2**-30) if tensor.is_floating_point() else tensor, exact)
+    for one, two in zip(invoke(subject.mixer.op, exact), invoke(subject.mixer.op, nudged), strict=True):
+        subject.equal(
+            torch.equal(one, two), False, "float64 arguments that differ by 1e-9 give equal results, as if computed in lower precision"
+        )
     for dtype in map(dtype_of, HALVES):
         arguments = subject.arguments(2, 24, dtype)
         results = invoke(subject.mixer.op, arguments)
@@ -79,7 +86,9 @@ def agree(subject: Subject, op: Any, arguments: dict[str, Any]) -> None:
         fakes = invoke(op, map_tensors(mode.from_tensor, arguments))
     real = invoke(op, arguments)
     describe = [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in real]
-    subject.equal([(tuple(x.shape), x.stride(), x.dtype, x.device) for x in fakes], describe, "shape, strides, dtype and device of the fake")
+    subject.equal(
+        [(tuple(x.shape), x.stride(), x.dtype, x.device) for x in fakes], describe, "shape, strides, dtype and device of the fake"
+    )
 
 
 def _opcheck(subject: Subject, op: Any, arguments: dict[str, Any]) -> None:

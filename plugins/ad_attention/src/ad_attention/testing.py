@@ -10,10 +10,10 @@ import torch
 from ad_core.testing import Case
 
 Extra = Callable[[torch.Generator, int, int, int, int], dict[str, Any]]
-"""(generator, B, S, H, G) -> modifiers in float32 by name."""
+"""(generator, batch, length, query heads, key/value heads) -> modifiers in float32 by name."""
 
 
-def case(name: str, H: int, G: int, D: int, Dv: int, extra: Extra = lambda *_: {}) -> Case:
+def case(name: str, heads: int, groups: int, dim: int, value_dim: int, extra: Extra = lambda *_: {}) -> Case:
     """Queries and keys large enough that a softmax has a favourite."""
 
     def make(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
@@ -21,35 +21,35 @@ def case(name: str, H: int, G: int, D: int, Dv: int, extra: Extra = lambda *_: {
             return torch.randn(*shape, generator=generator)
 
         arguments = {
-            "query": normal(batch, length, H, D),
-            "key": normal(batch, length, G, D),
-            "value": normal(batch, length, G, Dv),
-            "scale": 1.5 * D**-0.5,
-            **extra(generator, batch, length, H, G),
+            "query": normal(batch, length, heads, dim),
+            "key": normal(batch, length, groups, dim),
+            "value": normal(batch, length, groups, value_dim),
+            "scale": 1.5 * dim**-0.5,
+            **extra(generator, batch, length, heads, groups),
         }
         return {key: value.to(dtype) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()}
 
     return Case(name, make)
 
 
-def _sinks(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
-    return {"sinks": torch.randn(H, generator=generator)}
+def _sinks(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"sinks": torch.randn(heads, generator=generator)}
 
 
-def _alibi(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
-    return {"alibi_slopes": 2.0 ** -torch.arange(1, H + 1)}
+def _alibi(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"alibi_slopes": 2.0 ** -torch.arange(1, heads + 1)}
 
 
-def _t5(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
-    return {"rel_bias": torch.randn(H, 8, generator=generator), "rel_bias_rule": "t5:20"}
+def _t5(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"rel_bias": torch.randn(heads, 8, generator=generator), "rel_bias_rule": "t5:20"}
 
 
-def _clip(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
-    return {"rel_bias": torch.randn(H, 5, generator=generator), "rel_bias_rule": "clip"}
+def _clip(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"rel_bias": torch.randn(heads, 5, generator=generator), "rel_bias_rule": "clip"}
 
 
-def _key_bias(generator: torch.Generator, B: int, S: int, H: int, G: int) -> dict[str, Any]:
-    return {"key_bias": 2 * torch.randn(B, S, G, generator=generator)}
+def _key_bias(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"key_bias": 2 * torch.randn(batch, length, groups, generator=generator)}
 
 
 def _everything(*sizes: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ n decodes, m new tokens, L keys, R = H / G query heads share a key/value head; h
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,7 @@ SCORE_BLOCK = 1 << 24
 fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
-@dataclass(frozen=True)
-class Modifiers:
+class Modifiers(NamedTuple):
     """The canonical op's arguments beside query, key and value."""
 
     scale: float
@@ -55,14 +54,14 @@ def decode(
     flat_values = values.reshape(n * G, L, -1)
     factor = given.scale if given.softcap is None else given.scale / given.softcap
     if mode == SPLIT:
-        rows = query.view(n * G, -1, D)
+        rows = query.reshape(n * G, -1, D)
         high = torch.bmm(rows, flat_keys)
         low = torch.baddbmm(high, rows, flat_keys, beta=-1)
         scores = high.float().add_(low).mul_(factor)
     else:
         dtype = torch.promote_types(query.dtype, torch.float32)
         flat_values = flat_values.to(dtype)
-        scores = torch.bmm(query.to(dtype).mul(factor).view(n * G, -1, D), flat_keys.to(dtype))
+        scores = torch.bmm(query.to(dtype).mul(factor).reshape(n * G, -1, D), flat_keys.to(dtype))
     scores = scores.view(n, G, -1, L)
     if given.softcap is not None:
         scores.tanh_().mul_(given.softcap)
@@ -139,7 +138,7 @@ def _prefill_blocks(
     if cached is not None:
         k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)  # [G, L, D]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    fused = query.is_cpu and given.softcap is None and D == Dv
+    fused = query.is_cpu and given.softcap is None and Dv == D
     if not fused:
         k, v = k.to(dtype), v.to(dtype)
     rows = query.view(m, G, H // G, D)

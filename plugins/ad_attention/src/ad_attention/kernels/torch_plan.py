@@ -36,7 +36,7 @@ class Step(NamedTuple):
     prefills: int
     write_start: int
     permuted: int
-    count: int
+    size: int
     length: int
     index_start: int
     view_start: int
@@ -45,10 +45,10 @@ class Step(NamedTuple):
 
 
 class Group(NamedTuple):
-    """A row of `records`: `count` decodes of at most `length` keys, whose gather index starts at `index_start` of `index` (NONE:
+    """A row of `records`: `size` decodes of at most `length` keys, whose gather index starts at `index_start` of `index` (NONE:
     not stored). `view_start` is the slot of the first key if the keys lie in consecutive slots, else NONE."""
 
-    count: int
+    size: int
     length: int
     index_start: int
     view_start: int
@@ -57,12 +57,12 @@ class Group(NamedTuple):
 
 
 class Prefill(NamedTuple):
-    """A row of `records`, after the groups: `count` tokens from `token` on, of batch row `row`, after `context` cached ones, of
+    """A row of `records`, after the groups: `size` tokens from `token` on, of batch row `row`, after `context` cached ones, of
     which those from `first` on are visible."""
 
     row: int
     token: int
-    count: int
+    size: int
     context: int
     first: int
     index_start: int
@@ -144,7 +144,7 @@ def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -
         count = int(cu_seqlens[row + 1]) - token
         if not count:
             continue
-        visible = int(_first_visible(np.int64(context), shape))
+        visible = int(_first_visible(contexts[row : row + 1], shape)[0])
         index_start = view = NONE
         if context > visible:
             view = _consecutive(table[row], visible, context - visible, batch.page_size)
@@ -154,9 +154,10 @@ def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -
     write_start = int(slots[0]) if len(slots) and (np.diff(slots) == 1).all() else NONE
     lead = groups[0] if groups else Group(0, 0, NONE, NONE, 0, EXACT)
     step = Step(batch.num_tokens, decodes, len(groups), len(prefills), write_start, permuted, *lead)
-    out["plan"].copy_(torch.tensor(step))
-    records = [tuple(record) + (0,) * (RECORD - len(record)) for record in (*groups, *prefills)]
-    out["records"][: len(records)] = torch.tensor(records, dtype=torch.int64).view(-1, RECORD)
+    out["plan"].numpy()[:] = step
+    records = out["records"].numpy()
+    for place, record in enumerate((*groups, *prefills)):
+        records[place, : len(record)] = record
 
 
 def _first_visible(positions: np.ndarray, shape: Shape) -> np.ndarray:
@@ -241,9 +242,12 @@ class _Gather:
 
 
 def _fill(target: torch.Tensor, values: np.ndarray) -> None:
-    """Copies `values` to the front of `target`, row by row if it has as many dimensions."""
-    source = torch.from_numpy(np.ascontiguousarray(values))
+    """Copies `values` to the front of `target`: row by row if it has two dimensions, else flattened."""
     if target.dim() == 1:
-        target[: source.numel()].copy_(source.view(-1))
+        target, values = target[: values.size], values.reshape(-1)
     else:
-        target[:, : source.shape[1]].copy_(source)
+        target = target[:, : values.shape[1]]
+    if target.is_cpu:
+        target.numpy()[...] = values
+    else:
+        target.copy_(torch.from_numpy(np.ascontiguousarray(values)))

@@ -25,7 +25,7 @@ SCHEMA = (
 
 
 class _Pages:
-    """The pools of one call, read and written by slot. Pools [pages, page_size, G, ...] are seen as [slots, G, ...]."""
+    """The pools of one call, read and written by slot. A pool [pages, page_size, G, ...] is contiguous."""
 
     def __init__(self, pools: tuple[torch.Tensor | None, ...], page_table: torch.Tensor, rows: torch.Tensor, index: torch.Tensor):
         self.pools, self.page_table, self.rows, self.index = pools, page_table, rows, index
@@ -35,15 +35,15 @@ class _Pages:
         for pool, entry in zip(self.pools, entries, strict=True):
             if pool is None or entry is None:
                 continue
-            flat, new = pool.flatten(0, 1), entry[0] if entry.shape[1] == tokens else entry[0, :tokens]
+            new = entry[0] if entry.shape[1] == tokens else entry[0, :tokens]
             if start != NONE:
-                flat[start : start + tokens].copy_(new)
+                _slots(pool, start, tokens).copy_(new)
             else:
-                flat.index_copy_(0, slots[:tokens], new)
+                pool.flatten(0, 1).index_copy_(0, slots[:tokens], new)
 
     def view(self, start: int, length: int) -> list[torch.Tensor | None]:
         """Keys [1, G, L, D], values and biases in consecutive slots, without a copy."""
-        return [None if pool is None else pool.flatten(0, 1)[start : start + length].transpose(0, 1)[None] for pool in self.pools]
+        return [None if pool is None else _slots(pool, start, length).transpose(0, 1)[None] for pool in self.pools]
 
     def gather(self, index: torch.Tensor, count: int, length: int) -> list[torch.Tensor | None]:
         """Keys [n, G, L, D], values and biases at a gather index [n, G, L]."""
@@ -65,7 +65,9 @@ class _Pages:
         row, position, first = self.rows[:, start : start + count, None]
         wanted = position + torch.arange(1 - length, 1, device=row.device)
         mask = torch.zeros(wanted.shape, device=row.device).masked_fill_(wanted < first, -torch.inf)
-        return self._head_index(self.page_table[row, wanted.clamp(min=first) // self._page_size], wanted.clamp(min=first)), mask[:, None, None]
+        return self._head_index(self.page_table[row, wanted.clamp(min=first) // self._page_size], wanted.clamp(min=first)), mask[
+            :, None, None
+        ]
 
     def context_index(self, row: int, first: int, stop: int) -> torch.Tensor:
         """The gather index of positions `first` to `stop` of one batch row, where the plan does not hold it."""
@@ -85,6 +87,12 @@ class _Pages:
     def _heads(self) -> int:
         assert self.pools[0] is not None
         return self.pools[0].shape[2]
+
+
+def _slots(pool: torch.Tensor, start: int, count: int) -> torch.Tensor:
+    """A view [count, G, ...] of consecutive slots."""
+    sizes, strides = pool.shape[2:], pool.stride()[1:]
+    return pool.as_strided((count, *sizes), strides, pool.storage_offset() + start * strides[0])
 
 
 def _attention(
@@ -136,7 +144,7 @@ def _attention(
         prefills = [Prefill(*record[: len(Prefill._fields)]) for record in listed[num_groups:]]
     start = 0
     for group in groups:
-        stop = start + group.count
+        stop = start + group.size
         if permuted:
             chosen = rows[0, start:stop]
             out[0].index_copy_(0, chosen, _decode_group(query[0].index_select(0, chosen), start, group, pages, mask, given))
@@ -144,9 +152,13 @@ def _attention(
             out[0, start:stop] = _decode_group(query[0, start:stop], start, group, pages, mask, given)
         start = stop
     for chunk_of in prefills:
-        new = slice(chunk_of.token, chunk_of.token + chunk_of.count)
+        new = slice(chunk_of.token, chunk_of.token + chunk_of.size)
         target = out[0, new].unflatten(1, (key.shape[2], -1))
-        target.copy_(_prefill_chunk(query[0, new], key[0, new], value[0, new], None if key_bias is None else key_bias[0, new], chunk_of, pages, given))
+        target.copy_(
+            _prefill_chunk(
+                query[0, new], key[0, new], value[0, new], None if key_bias is None else key_bias[0, new], chunk_of, pages, given
+            )
+        )
     if tokens < T:
         out[0, tokens:].zero_()
     return out
@@ -154,7 +166,7 @@ def _attention(
 
 def _decode_group(query: torch.Tensor, start: int, group: Group, pages: _Pages, mask: torch.Tensor, given: Modifiers) -> torch.Tensor:
     """query [n, H, D]: the decodes from the `start`-th on -> [n, H, Dv]."""
-    count, length = group.count, group.length
+    count, length = group.size, group.length
     biases = []
     if group.view_start != NONE:
         keys, values, key_bias = pages.view(group.view_start, length)
@@ -237,8 +249,8 @@ class TorchPaged(Kernel):
 
     def prepare(self, batch: BatchView, call: OpCall, out: Mapping[str, torch.Tensor]) -> None:
         plan_step(batch, _shape(call), out)
-        if "distance_buckets" in out:
-            out["distance_buckets"].copy_(_table(call), non_blocking=True)
+        if (table := _table(call)) is not None:
+            out["distance_buckets"].copy_(table, non_blocking=True)
 
 
 def _shape(call: OpCall) -> Shape:
