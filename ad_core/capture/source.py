@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,11 @@ class ModelSource:
         """Bytes of all weights, tied ones once, as they will be loaded."""
         tensors = [*self.module.parameters(), *self.module.buffers()]
         return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+
+    @property
+    def computed(self) -> Mapping[str, torch.Tensor]:
+        """Buffers of a module on meta whose values no checkpoint holds, on the CPU: masks and rotary tables. Not to be written."""
+        return self._computed
 
     def tokenizer(self) -> Any | None:
         """The tokenizer, loaded at the first call; None if there is none."""

@@ -8,6 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ad_attention.match.axes import BATCH_AXIS, FEATURE, HEADS, SEQUENCE, Atom, Layout
+from ad_attention.match.evaluate import writers
 from ad_core.graph.edit import free_name, insert_call
 
 aten = torch.ops.aten
@@ -26,10 +27,12 @@ def constant(graph: GraphModule, like: Node, name: str, value: torch.Tensor) -> 
 
 
 def _view(end: Node, target: Any, *args: Any) -> Node:
-    """A new view just before `end`, or the one that an earlier attention made of the same tensor: memory is shared by node."""
+    """A view made before `end`: the one that another attention made of the same tensor, if there is one, for memory is shared by node."""
     source: Node = args[0]
     for user in source.users:
-        if user.target is target and user.args == args and not user.kwargs and user < end:
+        if user.target is target and user.args == args and not user.kwargs and not writers(source):
+            if not user < end:  # proposals are written in any order
+                end.prepend(user)
             return user
     return insert_call(end, target, *args)
 

@@ -163,7 +163,7 @@ class Evaluation:
         arguments: list[Any] = list(map_aggregate(node.args, concrete))
         keywords: Any = map_aggregate(node.kwargs, concrete)
         for argument in node.all_input_nodes:
-            _check_written(argument, node)
+            check_written(argument, node)
         if isinstance(node.target, OpOverload) and node.target._schema.is_mutable:
             arguments[0] = arguments[0].clone()
         try:
@@ -236,19 +236,36 @@ def _shape_only_argument(node: Node) -> Node | None:
     return node.args[at] if at is not None and isinstance(node.args[at], Node) else None  # type: ignore[return-value]
 
 
-def _check_written(node: Node, reader: Node) -> None:
-    """Raises `Unknown` if something other than `reader` writes to the node's memory, itself or through views: nodes here have one value."""
-    stack, seen = [node], {node}
+def writers(node: Node) -> list[Node]:
+    """The nodes that write to the node's memory, itself or through views."""
+    root = node
+    while _shares_memory(root) and isinstance(root.args[0], Node):
+        root = root.args[0]
+    found, stack, seen = [], [root], {root}
     while stack:
         for user in stack.pop().users:
-            if user in seen or not isinstance(user.target, OpOverload):
+            if user in seen or not _shares_memory(user) or user.args[0] not in seen:
                 continue
-            schema = user.target._schema
-            if schema.is_mutable and user is not reader and user.args and user.args[0] in seen:
-                raise Unknown(f"{node.name} is changed in place by {user.name}")
-            if schema.is_mutable or (schema.returns and schema.returns[0].alias_info is not None):
-                seen.add(user)
-                stack.append(user)
+            seen.add(user)
+            stack.append(user)
+            if user.target._schema.is_mutable:  # type: ignore[union-attr]
+                found.append(user)
+    return found
+
+
+def check_written(node: Node, reader: Node) -> None:
+    """Raises `Unknown` if the node's memory is written to before `reader` reads it: here a node has one value."""
+    for writer in writers(node):
+        if node < writer < reader:
+            raise Unknown(f"{node.name} is changed in place by {writer.name}")
+
+
+def _shares_memory(node: Node) -> bool:
+    """Whether the node's result is a view of its first argument, or that argument after it was written to."""
+    if not isinstance(node.target, OpOverload) or not node.args:
+        return False
+    returns = node.target._schema.returns
+    return bool(returns) and returns[0].alias_info is not None
 
 
 def _can_run(target: Any) -> bool:

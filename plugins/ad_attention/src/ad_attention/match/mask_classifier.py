@@ -74,7 +74,7 @@ class Classifier:
         if buffers:  # the model goes no farther than its buffers do
             lengths = {length for length in lengths if length < min(buffers)} | {min(buffers)}
         longest, matrix = self._longest(additive, lengths | {integer for integer in small if 7 < integer < max(lengths)})
-        kind = _kind(matrix, eps)
+        kind = read_mask(matrix, eps)
         for length in sorted(length for length in lengths if length < longest):
             _check(_matrix(additive, self.evaluation(2, length)), kind, eps)
         for integer in integers:
@@ -126,7 +126,7 @@ class Classifier:
                 matrix = _matrix(additive, self.evaluation(1, length, {integer: small}))
             except Unknown:
                 return kind  # it is a size that other sizes must fit, not a bound that positions are compared with
-            seen.append((small, _kind(matrix, eps)))
+            seen.append((small, read_mask(matrix, eps)))
         if all((found.window, found.chunk) == (kind.window, kind.chunk) for _, found in seen):
             return kind
         offsets = {found.window - small for small, found in seen if found.window is not None and found.chunk is None}
@@ -153,8 +153,8 @@ def _matrix(additive: Additive, evaluation: Evaluation) -> torch.Tensor:
     return matrix[0]
 
 
-def _kind(matrix: torch.Tensor, eps: float) -> MaskKind:
-    """The kind of one evaluated mask [H, S, S]."""
+def read_mask(matrix: torch.Tensor, eps: float) -> MaskKind:
+    """The kind of one evaluated mask [H, S, S], its values rounded to `eps`. Raises `Unknown` if it is none that we know."""
     seen = _seen(matrix)
     length = seen.shape[-1]
     lowest = seen.to(torch.int8).argmax(-1)  # the first key that each query sees

@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ad_attention.match.axes import BATCH, FEATURE, HEADS, LENGTH, SEQUENCE, Layout
 from ad_attention.match.contraction import layout_of
-from ad_attention.match.evaluate import Evaluation, Sizes, Unknown, cone
+from ad_attention.match.evaluate import Evaluation, Sizes, Unknown, check_written, cone
 from ad_attention.match.mask_classifier import Classifier, MaskKind
 from ad_attention.match.proposal import OP, declined, propose
 from ad_core.api import Declined, Matcher, Proposal
@@ -47,6 +47,8 @@ def _read(node: Node, classifier: Classifier, kinds: dict[Node, MaskKind | Unkno
     layouts = [_operand(operand, sizes) for operand in (query, key, value)]
     if not arguments["enable_gqa"] and any(layout.heads and layout.num_heads != layouts[0].num_heads for layout in layouts):
         raise Unknown("its operands have different numbers of heads")
+    if isinstance(arguments["attn_mask"], Node):
+        check_written(arguments["attn_mask"], node)
     width = query.meta["val"].shape[-1]
     scale = arguments["scale"] if arguments["scale"] is not None else width**-0.5
     return propose(

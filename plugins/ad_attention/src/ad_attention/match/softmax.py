@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ad_attention.match.axes import BATCH_AXIS, HEADS, SEQUENCE, Atom, Group
-from ad_attention.match.evaluate import Evaluation, Unknown, cone, dtype_of
+from ad_attention.match.evaluate import Evaluation, Unknown, check_written, cone, dtype_of
 from ad_attention.match.mask_classifier import Classifier, MaskKind
 from ad_attention.match.proposal import OP, declined, propose
 from ad_attention.match.scores import Chain, factors, is_over_sequence, read_chain
@@ -52,10 +52,13 @@ class SoftmaxMatcher(Matcher):
 
 
 def _read(chain: Chain, classifier: Classifier) -> tuple[float, float | None, MaskKind]:
+    check_written(chain.weights, chain.output.product.node)
     scale, softcap = factors(chain, classifier.evaluation(2, 7))
     inputs = {needed for node in chain.middle for needed in node.all_input_nodes if needed not in chain.nodes}
     if chain.scores.product.node.target is torch.ops.aten.baddbmm.default:
-        inputs.add(chain.scores.product.node.args[0])  # type: ignore[arg-type]
+        bias: Any = chain.scores.product.node.args[0]
+        check_written(bias, chain.scores.product.node)
+        inputs.add(bias)
     sides = {node for side in inputs if side is not chain.sinks for node in cone(side)}
     if chain.sinks is not None:
         sides -= cone(chain.sinks)
