@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
+import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,8 +21,6 @@ from ad_core.capture.forward import ForwardForm, LogitsOnly, forward_form
 from ad_core.capture.rehearse import Rehearsal, block_calls
 from ad_core.capture.repeats import RepeatError, RepeatPlan, RepeatTracer
 from ad_core.capture.scope import inference_form
-
-log = logging.getLogger("ad_core")
 
 _SHAPE = (2, 12)
 """What is traced: a batch and a length that differ from each other, from 1 and from most sizes of a model."""
@@ -115,7 +113,9 @@ def _export(
 ) -> GraphModule:
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
     length = torch.export.Dim("length", min=1, max=max(max_length or 1 << 20, _SHAPE[1] + 1))
-    with block_calls(module, RepeatTracer(plan).run) if plan.models else _nothing():
+    with block_calls(module, RepeatTracer(plan).run) if plan.models else nullcontext(), warnings.catch_warnings():
+        # what the forward leaves in attributes is put back
+        warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
         program = torch.export.export(
             _Traced(module, form),
             inputs,
@@ -152,8 +152,3 @@ def _as_in_export() -> Iterator[None]:
         yield
     finally:
         torch.compiler._is_compiling_flag, torch.compiler._is_exporting_flag = before
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield

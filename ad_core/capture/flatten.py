@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
@@ -43,26 +44,25 @@ class Origin:
         return cls(type(module).__name__, dict(tensors), prefix)
 
 
-def flatten(program: ExportedProgram, origin: Origin, names: list[str], plan: RepeatPlan) -> GraphModule:
-    """The program as one `GraphModule` with plain inputs `names` in order and one output.
+def flatten(program: ExportedProgram, origin: Origin, inputs: list[str], plan: RepeatPlan) -> GraphModule:
+    """The program as one `GraphModule` with plain inputs `inputs` in order and one output.
 
     Weights are `get_attr` nodes under the names they have in the module (tied ones under the first), and the graph holds the module's
     own tensors (meta or real), not copies. Blocks that were skipped are filled in from
     `plan`. Metas kept: `val`, `nn_module_stack` (paths of `module`), `stack_trace`. Raises `CaptureError` if the forward writes to
     buffers, `RepeatError` if the marks of blocks are not as planned.
     """
-    writes = [
-        str(spec.target).removeprefix(origin.prefix)
-        for spec in program.graph_signature.output_specs
-        if spec.kind is not OutputKind.USER_OUTPUT
-    ]
-    if writes:
+    names_of = {spec.arg.name: str(spec.target or spec.arg.name) for spec in program.graph_signature.input_specs}
+    kept = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
+    kept += [names_of[node.name] for node in _written(program) if node.name in names_of]
+    if kept:
+        names = dict.fromkeys(name.removeprefix(origin.prefix) for name in kept)
         raise CaptureError(
-            f"the forward of {origin.kind} writes to what it keeps: {', '.join(writes)}",
+            f"the forward of {origin.kind} writes to what it keeps: {', '.join(names)}",
             why="a graph of one forward has no memory between calls",
             hint="make the forward compute the value anew, or do not store it",
         )
-    return _Flattener(program, origin, names, plan).run()
+    return _Flattener(program, origin, inputs, plan).run()
 
 
 class _Flattener:
@@ -198,3 +198,22 @@ class _Flattener:
 
 def _is_size(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+
+
+def _written(program: ExportedProgram) -> Iterator[Node]:
+    """The nodes whose memory an op of the graph writes to: those that own it, of which the op may see a view."""
+    for node in program.graph.nodes:
+        if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
+            continue
+        for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+                yield _owner(value)
+
+
+def _owner(node: Node) -> Node:
+    while isinstance(node.target, OpOverload) and node.target._schema.returns and node.target._schema.returns[0].alias_info is not None:
+        first = node.args[0]
+        if not isinstance(first, Node):
+            break
+        node = first
+    return node
