@@ -47,6 +47,8 @@ def main() -> None:
     workload = SHORT if arguments.short else Workload()
     findings = Findings()
     load_before = os.getloadavg()[0]
+    if load_before > report.QUIET * (os.cpu_count() or 1):
+        print(f"other programs are running (load {load_before:.1f}): the numbers will not be worth much", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="ad-benchmark-") as temporary:
         model = arguments.work or Path(temporary)
         manifest = _prepare(arguments.model, model)
