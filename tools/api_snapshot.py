@@ -60,7 +60,7 @@ def _describe(kind: type) -> dict[str, str]:
         if public and inspect.isfunction(value) and not (name == "__init__" and defaults):
             members[name] = ("abstract " if getattr(value, "__isabstractmethod__", False) else "") + _signature(value)
         elif isinstance(value, property):
-            members[name] = "property"
+            members[name] = f"property {_signature(value.fget)}"
     return members
 
 
