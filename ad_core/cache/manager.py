@@ -185,17 +185,6 @@ class CacheManager:
         self.store.unpin(cache.tip)
         self.releases += 1
 
-    def forget_prefixes(self) -> None:
-        """Drops everything that is cached for nobody. What live sequences hold stays theirs, and can no longer be found."""
-        for group, allocator in enumerate(self.groups):
-            for page in self.store.pages(group):
-                self.store.forget_page(group, page)
-                allocator.drop(page)
-        for slot in self.store.checkpoints():
-            self.store.forget_checkpoint(slot)
-            self.slots.units.drop(slot)
-        self.releases += 1
-
     def audit(self) -> None:
         """Proves that each page and slot is in exactly one of free, cached and owned, or raises `CacheAuditError`."""
         for group, allocator in enumerate(self.groups):

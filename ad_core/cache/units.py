@@ -89,9 +89,6 @@ class UnitAllocator:
             del self._cached[unit]
             self._push_free(unit)
 
-    def is_shared(self, unit: int) -> bool:
-        return self._holders[unit] > 1
-
     def audit(self, holders: Mapping[int, int], findable: set[int]) -> None:
         """Raises `CacheAuditError` unless every unit is in one state, held as often as `holders` says, and cached or kept
         exactly if it is `findable`."""

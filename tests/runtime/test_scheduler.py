@@ -173,6 +173,27 @@ def test_further_samples_start_when_the_prompt_is_computed_and_share_its_pages()
     assert len({sequence.cache.pages[0][5] for sequence in request.sequences}) == 3
 
 
+def test_a_sample_that_comes_back_with_tokens_of_its_own_is_not_lent_those_of_another():
+    harness = Harness(budget=64, size=4, prefix_reuse=False)
+    first, second = (request := harness.add([5] * 5, n=2)).sequences
+    while len(second.tokens) < 14:
+        harness.step()
+    assert second.cache.reuse.length == 4
+    harness.scheduler._preempt(second)
+    harness.step()
+    assert second.cache.reuse.length == 0
+    assert set(first.cache.pages[0]).isdisjoint(second.cache.pages[0])
+    assert request.preemptions == 1
+
+
+def test_who_decodes_is_not_held_up_by_an_older_sequence_that_computes_its_prompt():
+    harness = Harness(budget=8, size=16)
+    harness.add([5] * 14, n=2)  # less than a page: the second sample computes the prompt anew, and is older than "2"
+    harness.add([6] * 2)
+    assert [harness.lengths(harness.step()) for _ in range(2)] == [[("1", 8)], [("1", 6), ("2", 2)]]
+    assert harness.lengths(harness.step()) == [("1", 1), ("2", 1), ("1", 6)]
+
+
 @pytest.mark.parametrize("where", ["running", "returning", "waiting"])
 def test_a_sequence_can_be_taken_out_wherever_it_is(where):
     harness = Harness(budget=4, lanes=1)
