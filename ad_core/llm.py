@@ -149,7 +149,9 @@ class LLM:
         read = self._reader.read(prompt)
         return await self._loop.agenerate(read.ids, params, request_id, prompt=read.text)
 
-    def astream(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None) -> AsyncIterator[RequestOutput]:
+    def astream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncIterator[RequestOutput]:
         """`stream` for coroutines."""
         read = self._reader.read(prompt)
         return self._loop.astream(read.ids, params, request_id, prompt=read.text)
@@ -180,5 +182,7 @@ class LLM:
         if params is None or isinstance(params, SamplingParams):
             return [params or SamplingParams()] * count
         if len(params) != count:
-            raise InvalidRequestError(f"there are {count} prompts and {len(params)} sampling parameters", hint="give one for all, or one for each")
+            raise InvalidRequestError(
+                f"there are {count} prompts and {len(params)} sampling parameters", hint="give one for all, or one for each"
+            )
         return list(params)

@@ -50,9 +50,7 @@ class Built:
     plan: Plan
 
 
-def build(
-    model: str | Path | nn.Module, config: EngineConfig, *, tokenizer: Any = None, progress: Progress | None = None
-) -> Built:
+def build(model: str | Path | nn.Module, config: EngineConfig, *, tokenizer: Any = None, progress: Progress | None = None) -> Built:
     """The whole way: what `LLM` does before its engine starts. Raises the errors of every room that it goes through."""
     way = _Pipeline(model, config, tokenizer, progress or Silent())
     return way.cached()
@@ -241,9 +239,13 @@ def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"there is no device {name!r}", why=str(error).splitlines()[0], hint='"auto", "cpu", "cuda" or "cuda:1"') from error
+        raise ConfigError(
+            f"there is no device {name!r}", why=str(error).splitlines()[0], hint='"auto", "cpu", "cuda" or "cuda:1"'
+        ) from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"the device {name!r} was asked for, but this torch sees no GPU", why=f"torch {torch.__version__}", hint='device="cpu"')
+        raise ConfigError(
+            f"the device {name!r} was asked for, but this torch sees no GPU", why=f"torch {torch.__version__}", hint='device="cpu"'
+        )
     return device
 
 
@@ -278,7 +280,9 @@ def _environment(device: torch.device, limits: Limits) -> Environment:
 
 def _tensor_bytes(graph: GraphModule) -> int:
     """Bytes of the weights, tied ones once."""
-    return sum({tensor.data_ptr(): tensor.nbytes for path in tensors_read(graph) if (tensor := tensor_at(graph, path)) is not None}.values())
+    return sum(
+        {tensor.data_ptr(): tensor.nbytes for path in tensors_read(graph) if (tensor := tensor_at(graph, path)) is not None}.values()
+    )
 
 
 def _width(graph: GraphModule) -> int:

@@ -30,12 +30,13 @@ class PromptReader:
         if isinstance(prompt, str):
             return self._text(prompt)
         if _all(prompt, Mapping):
-            return self._chat([dict(message) for message in prompt])  # type: ignore[call-overload]
+            return self._chat([dict(message) for message in prompt if isinstance(message, Mapping)])
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
         if not isinstance(prompt, Sequence) or not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
             raise InvalidRequestError(
-                f"a prompt cannot be a {type(prompt).__name__} of this content", hint="give text, a list of chat messages, or a list of token ids"
+                f"a prompt cannot be a {type(prompt).__name__} of this content",
+                hint="give text, a list of chat messages, or a list of token ids",
             )
         return self._checked(TokenizedPrompt([int(token) for token in prompt]))  # type: ignore[arg-type]
 
@@ -57,7 +58,8 @@ class PromptReader:
         tokenizer = self._needed("chat messages")
         if not getattr(tokenizer, "chat_template", None):
             raise InvalidRequestError(
-                "chat messages were given, but the model has no chat template", hint="give the prompt as text, in the form that the model expects"
+                "chat messages were given, but the model has no chat template",
+                hint="give the prompt as text, in the form that the model expects",
             )
         try:
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -88,4 +90,9 @@ class PromptReader:
 
 
 def _all(values: Any, kind: type) -> bool:
-    return isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0 and all(isinstance(value, kind) for value in values)
+    return (
+        isinstance(values, Sequence)
+        and not isinstance(values, str)
+        and len(values) > 0
+        and all(isinstance(value, kind) for value in values)
+    )

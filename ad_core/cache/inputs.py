@@ -45,7 +45,9 @@ class GraphInputs:
                 node.replace_all_uses_with(row)
                 self._graph.erase_node(node)
             else:
-                raise GraphInvalidError(f"the canonical graph has an input {name!r} that no batch can give", hint="inputs are input_ids and position_ids")
+                raise GraphInvalidError(
+                    f"the canonical graph has an input {name!r} that no batch can give", hint="inputs are input_ids and position_ids"
+                )
 
     def field(self, name: str, group: int) -> Node:
         """The placeholder of a batch field."""

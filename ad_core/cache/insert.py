@@ -75,7 +75,8 @@ class InsertCaches(Pass):
             served = self._served.get(qualified_name(node.target))
             if served is None:
                 continue
-            call, key, resources = op_call(node), node, {}
+            call, key = op_call(node), node
+            resources: Mapping[str, Resource] = {}
             if isinstance(served.op, Mixer):
                 resources = served.op.resources(call, served.options)
                 arguments = bound_arguments(node)
@@ -126,7 +127,9 @@ class InsertCaches(Pass):
                         name=name,
                         node=site.call.node,
                         kind="pages" if paged else "slots",
-                        shape=tuple(int(extent) for extent in (resource.per_token if isinstance(resource, PagedTokens) else resource.shape)),
+                        shape=tuple(
+                            int(extent) for extent in (resource.per_token if isinstance(resource, PagedTokens) else resource.shape)
+                        ),
                         dtype=str(resource.dtype).removeprefix("torch."),
                         unit_bytes=resource_bytes(resource),
                         window=resource.window if isinstance(resource, PagedTokens) else None,

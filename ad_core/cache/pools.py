@@ -27,7 +27,10 @@ class Pools:
                 shape = (num_slots, *resource.shape)
             self.tensors[pool.name] = torch.empty(shape, dtype=resource.dtype, device=device).zero_()
         self.buffers: list[dict[str, torch.Tensor]] = [
-            {name: torch.empty(spec.shape, dtype=spec.dtype, device="cpu" if spec.device == "host" else device).zero_() for name, spec in p.buffers.items()}
+            {
+                name: torch.empty(spec.shape, dtype=spec.dtype, device="cpu" if spec.device == "host" else device).zero_()
+                for name, spec in p.buffers.items()
+            }
             for p in layout.preparations
         ]
 

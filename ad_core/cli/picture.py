@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -46,7 +47,13 @@ def picture(plan: Plan) -> str:
         _table(
             ("for", "winner", "rule", "places", "why not the others"),
             [
-                (d.subject, d.winner, d.rule, len(d.members), "; ".join(f"{name}: {reason}" for name, reason in d.losers.items()) or "no others")
+                (
+                    d.subject,
+                    d.winner,
+                    d.rule,
+                    len(d.members),
+                    "; ".join(f"{name}: {reason}" for name, reason in d.losers.items()) or "no others",
+                )
                 for d in plan.decisions
             ],
         ),
@@ -82,13 +89,18 @@ def _flow(plan: Plan) -> str:
     for _, claims in runs:
         first, last = claims[0], claims[-1]
         hue = _HUES[ops.index(first.op) % len(_HUES)]
-        kernel = next((d.winner for d in plan.decisions if d.subject == first.op and (first.module in d.members or first.node in d.members)), "computes itself")
+        kernel = next(
+            (d.winner for d in plan.decisions if d.subject == first.op and (first.module in d.members or first.node in d.members)),
+            "computes itself",
+        )
         place = first.module if first is last else f"{first.module} … {last.module}"
         times = f'<span class="times">× {len(claims)}</span>' if len(claims) > 1 else ""
         tags = [first.op, f"kernel {kernel}", f"by {first.by}", *filter(None, [_kept(plan, first)])]
         shown = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
         kind = escape(first.module_class.rpartition(".")[2] or first.op)
-        pieces.append(f'<div class="pipe"></div><div class="block" style="--hue:{hue}">{times}<b>{kind}</b><br><code>{escape(place)}</code><br>{shown}</div>')
+        pieces.append(
+            f'<div class="pipe"></div><div class="block" style="--hue:{hue}">{times}<b>{kind}</b><br><code>{escape(place)}</code><br>{shown}</div>'
+        )
     pieces.append('<div class="pipe"></div><div class="end">logits of the wanted rows</div>')
     return f'<div class="flow">{"".join(pieces)}</div>'
 
@@ -123,9 +135,10 @@ def _proportions(title: str, values: dict[str, int] | dict[str, float], words: l
     return f'<h2>{title}</h2><div class="bar">{spans}</div><p>{escape(", ".join(words))}</p>'
 
 
-def _table(columns: tuple[str, ...], rows: list[tuple[object, ...]] | list[tuple[str, str, str, str, int]]) -> str:
+def _table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
-        f"<tr>{''.join(f'<td class=n>{cell}</td>' if isinstance(cell, int) else f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>" for row in rows
+        f"<tr>{''.join(f'<td class=n>{cell}</td>' if isinstance(cell, int) else f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>"
+        for row in rows
     )
     return f"<table><tr>{head}</tr>{body}</table>"
