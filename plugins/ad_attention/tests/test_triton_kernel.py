@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """The Triton kernel as the core sees it: who may choose it, what it allocates, what its source may contain, graph safety."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """The launches that are compiled ahead for sm_90 and held against `aot_budget.json`: dtypes, head sizes and modifiers in use.
 
 python -m ad_core.testing.triton_budget ad_attention.kernels.aot            compares

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """Writes the step's keys, values and key biases to their places in the pools."""
 
 from __future__ import annotations

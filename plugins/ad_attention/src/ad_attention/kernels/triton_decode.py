@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """Single queries against long caches: split-KV attention in two kernels, after Flash-Decoding (Dao et al., 2023).
 
 A sequence's keys are cut into splits whose borders depend on its own length alone. How many programs share the splits

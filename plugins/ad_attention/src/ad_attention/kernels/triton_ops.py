@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """What the Triton kernels share: an honest `dot`, and the way from a program to its sequence, its keys and their slots.
 
 Importing this module needs triton. Whether functions are compiled or interpreted is decided here and now, by

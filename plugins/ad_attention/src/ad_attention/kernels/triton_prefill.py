@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """Chunks of several tokens against paged keys: variable-length causal flash attention (Dao, 2023) in one kernel.
 
 A block of rows is BLOCK_Q tokens of one sequence times the PACK query heads that share a key/value head, so that short

@@ -1,4 +1,3 @@
-# ruff: noqa: N803 - shape letters and compile-time constants
 """The inner loop of both attention kernels: a block of query rows against a range of one sequence's paged keys.
 
 M rows (query tokens x packed heads), N keys a tile, D head size, DV value head size, G key/value heads.
