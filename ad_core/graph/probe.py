@@ -1,4 +1,4 @@
-"""Trying out what the table cannot prove: run a few nodes on random numbers, change one token, see which tokens change.
+"""Trying out what the table cannot prove: run a few nodes on random numbers, change some tokens, see which tokens change.
 
 A region is a set of nodes with one exit. Floating values that enter it are made up; whole numbers and masks that enter it
 (indices, lengths) are computed as the graph computes them, from made-up floats further up, so that they stay consistent.
@@ -7,8 +7,7 @@ A region is a set of nodes with one exit. Floating values that enter it are made
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +16,11 @@ from torch.fx import GraphModule, Node
 
 from ad_core.graph.axes import Axis, Sizes, UnknownSize
 from ad_core.graph.edit import is_op, tensor_at
+from ad_core.graph.reactions import Reaction, Verdict
 
 PROBE_BYTES = 4 << 30
 """What a region may take: one with larger operands is not tried."""
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 _BLOCK = 1 << 20
 _UNINITIALISED = (
     "aten::empty",
@@ -31,14 +30,6 @@ _UNINITIALISED = (
     "aten::new_empty_strided",
     "aten::empty_permuted",
 )
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What a trial found for one value: `axis` of its tokens (None: it does not depend on them), or why they mix."""
-
-    axis: Axis | None = None
-    mixes: str | None = None
 
 
 class Probe:
@@ -126,58 +117,31 @@ class Probe:
         needed = sum(_bytes(entry.meta["val"], sizes) for entry in entries)
         if needed > PROBE_BYTES:
             return [Verdict(mixes=f"its operands take {needed / 2**30:.1f} GiB, too much to try it")] * len(exits)
-        # Two tokens that no reversal or half-way shift maps to themselves or to each other.
-        tokens = (sizes.length * 3 // 10, sizes.length * 6 // 10 + 1)
-        verdicts: dict[int, Verdict] = {}
-        numbers: set[int] = set()
+        watched: list[Reaction] = []
         for positive in (False, True):  # where some ops give no numbers, or do not react, others may
             values = {entry: self._make_up(entry, sizes) for entry in entries}
             if positive:
                 values = {entry: _positive(value) for entry, value in values.items()}
             base = _execute(cone, values, sizes, keep=exits)
-            changed = []
-            for token in tokens:
+            again = [Reaction(base[node], sizes.length, min(self._by_shape(node), default=None)) for node in exits]
+            for tokens in _separating(sizes.length):
                 other = dict(values)
                 for entry in entries:
                     for axis in axes(entry):
-                        other[entry] = _change_token(other[entry], axis, token, sizes.length)
-                changed.append(_execute(cone, other, sizes, keep=exits))
-            for index, node in enumerate(exits):
-                if _has_numbers(base[node]):
-                    numbers.add(index)
-                if index not in verdicts:
-                    verdict = self._compare(base[node], [run[node] for run in changed], tokens)
-                    if verdict is not None:
-                        verdicts[index] = verdict
-        return [verdicts.get(index) or self._silent(node, index in numbers) for index, node in enumerate(exits)]
+                        other[entry] = _change_tokens(other[entry], axis, tokens)
+                results = _execute(cone, other, sizes, keep=exits)
+                for node, reaction in zip(exits, again, strict=True):
+                    reaction.see(results[node], tokens)
+                if all(reaction.settled for reaction in again):
+                    break
+            watched = [new if old.silent else old for old, new in zip(watched, again, strict=True)] if watched else again
+            if not any(reaction.silent for reaction in watched):
+                break
+        return [reaction.verdict for reaction in watched]
 
-    def _compare(self, base: Any, changed: Sequence[Any], tokens: Sequence[int]) -> Verdict | None:
-        """None: nothing changed. Of several results one that mixes decides, else the first that changed."""
-        if isinstance(base, list | tuple):
-            parts = [self._compare(part, [value[index] for value in changed], tokens) for index, part in enumerate(base)]
-            known = [part for part in parts if part is not None]
-            return next((part for part in known if part.mixes), known[0] if known else None)
-        if not isinstance(base, torch.Tensor):
-            return None if all(value == base for value in changed) else Verdict(mixes="reads a number out of the tokens")
-        masks = [_differs(base, value) for value in changed]
-        if any(mask is None for mask in masks):
-            return Verdict(mixes="its shape depends on the tokens' values")
-        if not any(bool(mask.any()) for mask in masks if mask is not None):
-            return None
-        for axis in _candidates(tuple(base.shape), self._sizes.length):
-            if all(
-                _only_token(mask, axis, token, self._sizes.length) for mask, token in zip(masks, tokens, strict=True) if mask is not None
-            ):
-                return Verdict(axis)
-        return Verdict(mixes="changes at other tokens when one token changes")
-
-    def _silent(self, node: Node, has_numbers: bool) -> Verdict:
-        """For a value that never changed: it does not depend on the tokens, whatever dims it has."""
-        if not has_numbers:
-            return Verdict(mixes="gave no finite numbers, so nothing is proved")
+    def _by_shape(self, node: Node) -> frozenset[Axis]:
         value = node.meta["val"]
-        value = value[0] if isinstance(value, list | tuple) else value
-        return Verdict(min(self._sizes.axes_by_shape(value), default=None))
+        return self._sizes.axes_by_shape(value[0] if isinstance(value, list | tuple) else value)
 
     # -- remembering ----------------------------------------------------------------------------------------------------
 
@@ -237,20 +201,23 @@ def _random(shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor
     return block.repeat(-(-count // len(block)))[:count].view(*shape)
 
 
-def _has_numbers(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return all(_has_numbers(part) for part in value)
-    return not isinstance(value, torch.Tensor) or bool(torch.isfinite(value).any())
-
-
 def _positive(value: Any) -> Any:
     return value.abs() + 0.1 if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
-def _change_token(value: torch.Tensor, axis: Axis, token: int, length: int) -> torch.Tensor:
-    """A copy in which everything of one token is another: about as large as before, and far from it."""
+def _separating(length: int) -> Iterator[torch.Tensor]:
+    """Sets of tokens ([S] bool) such that for any two tokens some set has the first and not the second: by the bits of their numbers."""
+    token = torch.arange(length)
+    for bit in range((length - 1).bit_length()):
+        chosen = (token >> bit) % 2 == 1
+        yield chosen
+        yield ~chosen
+
+
+def _change_tokens(value: torch.Tensor, axis: Axis, tokens: torch.Tensor) -> torch.Tensor:
+    """A copy in which everything of some tokens is another: about as large as before, and far from it."""
     changed = value.clone()
-    place = (torch.arange(value.shape[axis.dim]) // axis.inner) % length == token
+    place = tokens[(torch.arange(value.shape[axis.dim]) // axis.inner) % len(tokens)]
     rows = changed.movedim(axis.dim, 0)
     old = rows[place]
     if value.is_floating_point() or value.is_complex():
@@ -260,33 +227,6 @@ def _change_token(value: torch.Tensor, axis: Axis, token: int, length: int) -> t
     else:
         rows[place] = (old + 1) % 4 if int(value.max()) < 4 else old + 1
     return changed
-
-
-def _differs(base: torch.Tensor, other: torch.Tensor) -> torch.Tensor | None:
-    """Where two results differ by more than rounding, or None if they cannot be compared."""
-    if base.shape != other.shape:
-        return None
-    if not (base.is_floating_point() or base.is_complex()):
-        return base != other
-    tolerance = _TOLERANCE.get(base.dtype, 0.1 if base.dtype.itemsize < 2 else 1e-4)
-    finite = base[torch.isfinite(base)]
-    scale = float(finite.abs().float().mean()) if finite.numel() else 1.0
-    close = torch.isclose(base, other, rtol=tolerance, atol=tolerance * max(scale, 1e-12), equal_nan=True)
-    return ~close
-
-
-def _candidates(shape: Sequence[int], length: int) -> list[Axis]:
-    found = []
-    for dim, size in enumerate(shape):
-        if size % length == 0 and size > 0:
-            rest = size // length
-            found += [Axis(dim, outer, rest // outer) for outer in range(1, rest + 1) if rest % outer == 0]
-    return found
-
-
-def _only_token(differs: torch.Tensor, axis: Axis, token: int, length: int) -> bool:
-    place = (torch.arange(differs.shape[axis.dim]) // axis.inner) % length == token
-    return not bool(differs.movedim(axis.dim, 0)[~place].any())
 
 
 def _bytes(value: Any, sizes: Sizes) -> int:
