@@ -56,8 +56,13 @@ def apply_matchers(graph: GraphModule, matchers: Sequence[Offer[Matcher]], plan:
                 result.declined.append(f"{offer.item.name}: {found.reason}")
             else:
                 offers.append(Offered(found, offer.item, offer.distribution))
+    replaced: dict[Node, Node] = {}
     for winner in _winners(offers, plan):
-        result.claims[_write(graph, winner)] = winner.matcher.name
+        node, value = _write(graph, winner)
+        replaced[winner.proposal.output] = value
+        result.claims[node] = winner.matcher.name
+    for output, value in replaced.items():  # proposals were made before any was written: one may read what another replaced
+        output.replace_all_uses_with(value)
     if result.claims:
         remove_dead_code(graph)
         graph.graph.lint()
@@ -122,8 +127,8 @@ def _tie(first: Offered, second: Offered) -> CaptureError:
     )
 
 
-def _write(graph: GraphModule, winner: Offered) -> Node:
-    """Puts the canonical op in the place of what it stands for. Returns its node."""
+def _write(graph: GraphModule, winner: Offered) -> tuple[Node, Node]:
+    """Puts the canonical op in the place of what it stands for. Returns its node and the node that has the replaced value."""
     proposal, op = winner.proposal, find_op(winner.matcher.produces)
     output = proposal.output
     arguments = dict(proposal.arguments)
@@ -147,7 +152,7 @@ def _write(graph: GraphModule, winner: Offered) -> Node:
             hint="this is a fault of the matcher: report it to its plugin",
         )
     output.replace_all_uses_with(value)
-    return node
+    return node, value
 
 
 def _by_schema(winner: Offered, op: OpOverload, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
