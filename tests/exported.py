@@ -42,7 +42,9 @@ class Mask:
         return self
 
 
-def _seam(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float | None = None, **_: Any) -> Any:
+def _seam(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, scaling: float | None = None, **_: Any
+) -> Any:
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     return attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), float(scale)), None
 
@@ -84,6 +86,18 @@ def tiny_model(kind: str, attention_implementation: str | None = None) -> nn.Mod
         for parameter in model.parameters():  # weights that spread, and no unit norms or zero biases, which hide mistakes
             parameter.copy_(torch.randn_like(parameter) * (0.2 if parameter.dim() > 1 else 0.1) + (parameter.dim() == 1))
     return model.requires_grad_(False)
+
+
+class Small(nn.Module):
+    """A model without mixer: embedding and head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(VOCABULARY, 8), nn.Linear(8, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.head(self.embedding(input_ids))
 
 
 class Logits(nn.Module):

@@ -177,7 +177,7 @@ def _vocabulary(graph: GraphModule) -> int:
         if is_op(node, "aten::embedding"):
             index = node.args[1]
             while isinstance(index, Node) and index.op == "call_function":
-                index = next(iter(index.all_input_nodes), None)
+                index = next((parent for parent in index.all_input_nodes if isinstance(parent.meta.get("val"), torch.Tensor)), None)
             if isinstance(index, Node) and index.target == "input_ids":
                 rows.append(int(node.args[0].meta["val"].shape[0]))
     return min(rows[1:] or rows)
