@@ -62,10 +62,8 @@ def applied(*matchers, distributions=None):
     """The graph after the matchers, which must still compute the module, what matched, and the plan."""
     module = Model().eval()
     graph, plan = export_module(module).graph, Plan()
-    offers = [
-        Offer(matcher, "tests", distribution)
-        for matcher, distribution in zip(matchers, distributions or itertools.repeat("dist-a"), strict=False)
-    ]
+    distributions = distributions or ["dist-a"] * len(matchers)
+    offers = [Offer(matcher, "tests", distribution) for matcher, distribution in zip(matchers, distributions, strict=True)]
     matched = apply_matchers(graph, offers, plan)
     ids = torch.arange(10).reshape(2, 5)
     torch.testing.assert_close(run(graph, ids), module(ids))
