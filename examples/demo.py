@@ -26,7 +26,9 @@ def main() -> None:
     with LLM(options.model, progress=True) as llm:
         print(f"\n> {options.prompt}\n")
         start, first, count = time.perf_counter(), 0.0, 0
-        for output in llm.stream([{"role": "user", "content": options.prompt}], SamplingParams(temperature=0, max_tokens=options.max_tokens)):
+        for output in llm.stream(
+            [{"role": "user", "content": options.prompt}], SamplingParams(temperature=0, max_tokens=options.max_tokens)
+        ):
             first = first or time.perf_counter() - start
             count = len(output.outputs[0].token_ids)
             sys.stdout.write(output.outputs[0].delta)
