@@ -105,8 +105,8 @@ class Probe:
         if node.op == "placeholder" and not value.is_floating_point():
             if node.target == "position_ids":
                 return torch.arange(shape[1], dtype=value.dtype).expand(shape).clone()
-            return torch.randint(0, 4, shape, generator=_generator(node.name), dtype=value.dtype)
-        return _random(shape, value.dtype, node.name)
+            return torch.randint(0, 4, shape, generator=generator(node.name), dtype=value.dtype)
+        return random_tensor(shape, value.dtype, node.name)
 
     # -- the trial ------------------------------------------------------------------------------------------------------
 
@@ -187,17 +187,18 @@ def _on_cpu(value: Any, sizes: Sizes) -> Any:
     return sizes.number(value) if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
-def _generator(name: str) -> torch.Generator:
+def generator(name: str) -> torch.Generator:
+    """Random numbers that depend on a name alone."""
     return torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:6], "little"))
 
 
-def _random(shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
-    """Standard normal numbers; a large tensor repeats one block of them."""
+def random_tensor(shape: Sequence[int], dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Standard normal numbers that depend on the name and the shape alone; a large tensor repeats one block of them."""
     count = int(torch.Size(shape).numel())
     real = torch.float32 if not dtype.is_complex else dtype
     if count <= _BLOCK:
-        return torch.randn(*shape, generator=_generator(name), dtype=real).to(dtype)
-    block = torch.randn(_BLOCK - 3, generator=_generator(name), dtype=real).to(dtype)
+        return torch.randn(*shape, generator=generator(name), dtype=real).to(dtype)
+    block = torch.randn(_BLOCK - 3, generator=generator(name), dtype=real).to(dtype)
     return block.repeat(-(-count // len(block)))[:count].view(*shape)
 
 

@@ -6,7 +6,6 @@ their path only, so both runs see the same. While any are made up, everything is
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from ad_core.api.errors import NumericGuardError
 from ad_core.api.types import Safety
 from ad_core.graph.edit import is_op, tensor_at, tensors_read
+from ad_core.graph.probe import random_tensor
 
 SHAPE = (2, 9)
 """Batch and length of the sample."""
@@ -36,10 +36,12 @@ class Inert:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a graph computed, and from which weights: `made_up` maps the paths of those without values to their shapes."""
+    """What a graph computed, and from which weights: `made_up` maps the paths of those without values to their shapes, `real` are the
+    others."""
 
     outputs: tuple[torch.Tensor, ...]
     made_up: Mapping[str, torch.Size]
+    real: frozenset[str]
     half: bool
 
 
@@ -66,7 +68,7 @@ class NumericGuard:
         with torch.no_grad():
             outputs = _Runner(graph, bool(made_up), device).run(*inputs, enable_io_processing=False)
         half = not made_up and any(tensor.dtype in _HALF for tensor in weights.values())
-        return Sample(tuple(value.float() for value in _tensors(outputs)), made_up, half)
+        return Sample(tuple(value.float() for value in _tensors(outputs)), made_up, frozenset(weights.keys() - made_up.keys()), half)
 
     def compare(
         self, before: Sample | Inert, graph: GraphModule, *, name: str, distribution: str, safety: Safety
@@ -90,6 +92,9 @@ class NumericGuard:
                 return after, f"inert: {side.reason}"
         assert isinstance(before, Sample)
         assert isinstance(after, Sample)
+        loaded = before.made_up.keys() & after.real
+        if loaded:
+            return after, f"inert: {len(loaded)} weights got their values from the pass"
         changed = [path for path, shape in after.made_up.items() if before.made_up.get(path) != shape]
         if changed:
             return after, f"inert: {len(changed)} weights ({changed[0]} ...) are new and have no values yet"
@@ -145,10 +150,8 @@ def _random(path: str, like: torch.Tensor) -> torch.Tensor:
     """Numbers that keep activations near one: vectors (norms, biases) around one, matrices scaled by their width."""
     if not like.is_floating_point():
         return torch.zeros(like.shape, dtype=like.dtype)
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(path.encode()).digest()[:6], "little"))
-    if like.dim() < 2:
-        return 0.5 + torch.rand(like.shape, generator=generator)
-    return torch.randn(like.shape, generator=generator).div(float(like.shape[-1]) ** 0.5)
+    values = random_tensor(like.shape, torch.float32, path)
+    return 1 + values.clamp(-2, 2).div(4) if like.dim() < 2 else values.div(float(like.shape[-1]) ** 0.5)
 
 
 def _inputs(graph: GraphModule, device: torch.device) -> list[torch.Tensor] | Inert:

@@ -172,6 +172,19 @@ def test_new_weights_without_values_make_the_guard_inert() -> None:
     assert entry.guard.startswith("inert: 1 weights (head.packed ...) are new")
 
 
+def test_a_pass_that_loads_weights_makes_the_guard_inert() -> None:
+    with torch.device("meta"):
+        graph = export(Small())
+    apply(graph, clean_passes())
+
+    def load(graph: GraphModule) -> None:
+        for path, value in Small().state_dict().items():
+            set_tensor(graph, path, value)
+
+    (entry,) = managed(graph, Toy("toy.load", Stage.LOAD, load), stages=(Stage.LOAD,))
+    assert entry.guard == "inert: 3 weights got their values from the pass"
+
+
 def test_above_the_size_limit_the_guard_says_that_it_is_inert(graph: GraphModule) -> None:
     (entry,) = managed(graph, Toy("bad", Stage.FUSE, scaled(2)), size_limit=1000)
     assert entry.guard.startswith("inert: the weights take")
