@@ -1,7 +1,8 @@
 """Noise without a history: a pure function of (seed, sample, position, token id).
 
 So a request's text depends neither on who else is in the batch, nor on chunks, nor on a preemption. Integers are hashed
-in two rounds of multiply and xor-shift (Wellons' `lowbias32`) with one half of a 64-bit key entering before each round.
+by rounds of multiply and xor-shift (with the constants of Wellons' `lowbias32`); one half of a 64-bit key enters before them
+and the other between them.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def position_keys(streams: Sequence[int], positions: Sequence[int], device: torc
     return torch.tensor(halves, dtype=torch.int32).reshape(-1, 2).to(device, non_blocking=True)
 
 
-def uniform(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Numbers in (0, 1), float32, in steps of 2^-31 near 0: of `keys` [R, 2] and ids [V] or [R, K], as [R, V] or [R, K]."""
+def scatter(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """32 random-looking bits, int32, of `keys` [R, 2] and ids [V] or [R, K], as [R, V] or [R, K]. A bijection for each key."""
     high, low = keys[:, :1], keys[:, 1:]
     bits = token_ids.to(torch.int32) * _SPREAD
     bits = bits ^ high
@@ -45,12 +46,19 @@ def uniform(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     bits ^= low
     bits *= _SECOND
     bits ^= (bits >> 16) & 0xFFFF
-    numbers = (bits & 0x7FFFFFFF).float()
+    bits *= _FIRST
+    bits ^= (bits >> 15) & 0x1FFFF
+    return bits
+
+
+def uniform(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Numbers in (0, 1), float32, in steps of 2^-31 near 0. Shapes as for `scatter`."""
+    numbers = (scatter(keys, token_ids) & 0x7FFFFFFF).float()
     return numbers.mul_(2.0**-31).clamp_(2.0**-32, 1.0 - 2.0**-24)
 
 
 def gumbel(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """Standard Gumbel noise: argmax(log p + noise) is a sample of p. Shapes as for `uniform`."""
+    """Standard Gumbel noise: argmax(log p + noise) is a sample of p. Shapes as for `scatter`."""
     # -log(-log(1 - u)) and not -log(-log(u)): float32 is fine-grained near 0, and there lies the noise that wins.
     return uniform(keys, token_ids).neg_().log1p_().neg_().log_().neg_()
 

@@ -110,6 +110,12 @@ def test_long_runs_of_bytes_are_cut_between_characters():
     assert stream(Vocabulary(tokenizer), [], ids, [1] * len(ids))[0] == text
 
 
+def test_the_end_of_a_prompt_is_taken_from_a_whole_character_on():
+    tokenizer = byte_fallback()
+    both = tokenizer("the🙂🙂🙂", add_special_tokens=False).input_ids
+    assert stream(Vocabulary(tokenizer), both[:-4], both[-4:], [1] * 4)[0] == "🙂"
+
+
 def test_garbage_without_end_is_shown_in_the_end_and_costs_no_more_with_length():
     tokenizer = byte_level()
     lone = tokenizer("𐍈", add_special_tokens=False).input_ids[1]

@@ -8,26 +8,9 @@ import torch
 from ad_core.api.errors import EngineClosedError, InvalidRequestError, PromptTooLongError, QueueFull, RequestFailedError
 from ad_core.runtime.params import SamplingParams
 
-from .toy import ToyExecutor, drain, reference
+from .toy import Letters, ToyExecutor, drain, letters, reference
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
-
-
-class Letters:
-    """A tokenizer of one letter a token: 0 is "a", 1 is "b"; 31 is special."""
-
-    class Special:
-        special = True
-
-    all_special_ids = (31,)
-    added_tokens_decoder = {31: Special()}
-
-    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
-        return "".join("<end>" if index == 31 else chr(97 + index) for index in ids)
-
-
-def letters(ids: list[int]) -> str:
-    return "".join(chr(97 + index) for index in ids)
 
 
 # -- refusals ---------------------------------------------------------------------------------------------------------

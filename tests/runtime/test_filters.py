@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ad_core.runtime.filters import argmax, cutoff, draw, draw_filtered
@@ -41,6 +41,7 @@ rows = st.lists(st.integers(-20, 20).map(lambda step: step / 4), min_size=8, max
 @given(
     rows, st.integers(0, 12), st.sampled_from([0.03, 0.31, 0.77, 0.953, 1.0]), st.sampled_from([0.0, 0.013, 0.21, 0.97]), st.integers(3, 7)
 )
+@example([4.75, 4.5, 4.5, 3.75, 3.0, 3.0, 0.0, 0.0], 5, 0.31, 0.0, 5)  # the second 3.0 ties with the fifth and counts
 def test_what_is_kept_is_what_the_definition_keeps_and_a_narrow_look_agrees(logits, top_k, top_p, min_p, narrow):
     row = torch.tensor([logits])
     options = torch.tensor([top_k]), torch.tensor([top_p]), torch.tensor([min_p])

@@ -14,7 +14,7 @@ from ad_core.api.errors import EngineClosedError, InvalidRequestError, QueueFull
 from ad_core.runtime.loop import EngineLoop
 from ad_core.runtime.params import SamplingParams
 
-from .toy import ToyExecutor, reference
+from .toy import Letters, ToyExecutor, letters, reference
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 PROMPTS = [[index % 32, 3, index // 32] for index in range(24)]
@@ -188,8 +188,8 @@ def test_abort_in_mid_stream_gives_the_last_output(make):
 
 
 def test_a_slow_reader_gets_several_steps_at_once_and_loses_nothing(make):
-    model = ToyExecutor()
-    loop = make(model)
+    model = ToyExecutor(vocab_size=26)
+    loop = make(model, tokenizer=Letters())
     params = SamplingParams(temperature=0.0, max_tokens=50)
     stream = loop.stream([1, 2], params)
     outputs = [next(stream)]
@@ -198,6 +198,7 @@ def test_a_slow_reader_gets_several_steps_at_once_and_loses_nothing(make):
     assert len(outputs) <= 3
     assert sum(output.outputs[0].num_new_tokens for output in outputs) == 50
     assert outputs[-1].outputs[0].token_ids == expected(model, [1, 2], params)
+    assert "".join(output.delta for output in outputs) == outputs[-1].text == letters(expected(model, [1, 2], params))
 
 
 def test_a_sink_that_raises_loses_its_own_request_only(make):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from ad_core.runtime.noise import gumbel, mix64, position_keys, stream_key, uniform
+from ad_core.runtime.noise import gumbel, mix64, position_keys, scatter, stream_key, uniform
 
 V = 4096
 IDS = torch.arange(V)
@@ -49,6 +49,21 @@ def test_keys_are_64_bit_and_every_part_of_them_matters():
     assert mix64(0) != 0
     both = torch.unique(position_keys([stream_key(0, 0)] * 5000, range(5000), CPU), dim=0)
     assert len(both) == 5000
+
+
+def test_no_two_ids_have_the_same_bits():
+    keys = position_keys([stream_key(1, 0)], [4], CPU)
+    assert scatter(keys, torch.arange(1 << 20)).unique().numel() == 1 << 20
+
+
+def test_both_halves_of_a_key_change_the_bits_and_not_by_a_constant():
+    keys = torch.tensor([[5, 1], [5, 2], [6, 1]], dtype=torch.int32)
+    bits = scatter(keys, IDS)
+    for row in (1, 2):
+        difference = bits[0] ^ bits[row]
+        assert difference.unique().numel() > 0.99 * V
+        assert (difference == 0).sum() == 0
+        assert abs(torch.corrcoef(torch.stack([bits[0], bits[row]]).double())[0, 1]) < 5 / math.sqrt(V)
 
 
 @pytest.mark.parametrize("axis", ["tokens", "positions", "samples", "seeds"])

@@ -150,10 +150,21 @@ def test_a_lane_forgets_who_had_it_before():
     greedy = SamplingParams(temperature=0.0)
     sampler = make(SamplingParams(temperature=0.0, repetition_penalty=50.0, min_tokens=5), tokens=[7, 7, 7], stop_ids=(9,))
     logits = torch.zeros(1, V)
-    logits[0, 7], logits[0, 9] = 5.0, 6.0
-    assert sampler.sample(logits, [1], [3]).ids_on_host() != [9]
+    logits[0, 3], logits[0, 7], logits[0, 9] = 4.0, 5.0, 6.0
+    assert sampler.sample(logits, [1], [3]).ids_on_host() == [3]  # 7 is penalised and 9 is banned
     sampler.add(1, greedy, seed=0, sample=0, tokens=[7], prompt_len=1, stop_ids=(9,))
     assert sampler.sample(logits, [1], [1]).ids_on_host() == [9]
+    assert not sampler._special, "a plain lane does not take the slow way"
+    logits[0, 9] = 0.0
+    assert sampler.sample(logits, [1], [1]).ids_on_host() == [7]
+    penalised = SamplingParams(temperature=0.0, repetition_penalty=50.0)
+    sampler.add(1, penalised, seed=0, sample=0, tokens=[3], prompt_len=1, stop_ids=())
+    assert sampler.sample(logits, [1], [1]).ids_on_host() == [7]  # of the first prompt, not of this one
+
+
+def test_a_row_in_which_every_token_is_banned_fails():
+    sampler = make(SamplingParams(temperature=0.0, min_tokens=1), SamplingParams(seed=1, min_tokens=1), stop_ids=tuple(range(V)))
+    assert sampler.sample(torch.zeros(2, V), [1, 2], [2, 2]).ids_on_host() == [-1, -1]
 
 
 def test_nothing_ends_the_answer_before_min_tokens():

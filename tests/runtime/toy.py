@@ -160,3 +160,20 @@ def drain(engine: Engine, model: ToyExecutor | None = None) -> dict[str, object]
         if model is not None:
             model.poison_free(engine)
     return done
+
+
+class Letters:
+    """A tokenizer of one letter a token: 0 is "a", 1 is "b"; 31 is special."""
+
+    class Special:
+        special = True
+
+    all_special_ids = (31,)
+    added_tokens_decoder = {31: Special()}
+
+    def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
+        return "".join("<end>" if index == 31 else chr(97 + index) for index in ids)
+
+
+def letters(ids: list[int]) -> str:
+    return "".join(chr(97 + index) for index in ids)
