@@ -16,6 +16,7 @@ from ad_core.runtime.engine import Engine, EngineStats
 from ad_core.runtime.loop import EngineLoop
 from ad_core.runtime.outputs import CompletionOutput, RequestOutput
 from ad_core.runtime.params import SamplingParams
+from ad_core.runtime.worker import Sink
 
 if TYPE_CHECKING:
     import torch
@@ -156,7 +157,7 @@ class LLM:
         read = self._reader.read(prompt)
         return self._loop.astream(read.ids, params, request_id, prompt=read.text)
 
-    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, sink: Any) -> str:
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, sink: Sink) -> str:
         """Queues a prompt and returns its id at once. `sink` is called with each output in the engine's thread and must not
         block. Raises `QueueFull` if the queue is at its limit."""
         read = self._reader.read(prompt)

@@ -84,8 +84,8 @@ class CompiledGraph:
 def compile(module: nn.Module | str | Path, example_ids: torch.Tensor | None = None, **options: Any) -> CompiledGraph:
     """Captures a model and compiles its canonical graph, without caches.
 
-    `example_ids` [B, S] are run once through graph and module, and must give the same logits; `options` are those of `LLM`
-    that have a meaning here (device, dtype, plugins, backend, verify, trust_remote_code ...).
+    `example_ids` [B, S] are run once, so that a shape or a device that the graph cannot take shows here. `options` are those of
+    `LLM` that have a meaning without an engine (device, dtype, plugins, backend, verify, trust_remote_code ...).
     """
     way = _Pipeline(module, make_config(options), None, Silent())
     return way.uncached(example_ids)
