@@ -76,10 +76,9 @@ class GgufFile:
         with self.path.open("rb") as file:
             for begin in range(0, count, step):
                 rows = min(step, count - begin)
-                data = os.pread(file.fileno(), rows * stride, tensor.start + begin * stride)
-                if len(data) != rows * stride:
+                packed = np.empty((1, rows * stride), np.uint8)  # as one row: the package goes over rows in a Python loop
+                if os.preadv(file.fileno(), [packed.data], tensor.start + begin * stride) != packed.size:
                     raise self._damaged(f"it ends inside the tensor {tensor.name!r}")
-                packed = np.frombuffer(data, np.uint8).reshape(1, -1)  # as one row: the package goes over rows in a Python loop
                 yield slice(begin, begin + rows), gguf.dequantize(packed, tensor.kind).reshape(rows, width)
 
     def array(self, tensor: GgufTensor) -> np.ndarray[Any, Any]:
