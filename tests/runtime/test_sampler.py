@@ -148,15 +148,17 @@ def test_penalties_count_what_was_sampled_and_a_lane_taken_up_again_counts_the_s
 
 def test_a_lane_forgets_who_had_it_before():
     greedy = SamplingParams(temperature=0.0)
-    sampler = make(SamplingParams(temperature=0.0, repetition_penalty=50.0, min_tokens=5), tokens=[7, 7, 7], stop_ids=(9,))
+    first = SamplingParams(temperature=0.0, repetition_penalty=50.0, min_tokens=5)
+    sampler = make(first, greedy, tokens=[7, 7, 7], stop_ids=(9,))
     logits = torch.zeros(1, V)
-    logits[0, 3], logits[0, 7], logits[0, 9] = 4.0, 5.0, 6.0
+    logits[0, 3], logits[0, 5], logits[0, 7], logits[0, 9] = 4.0, 1.0, 5.0, 6.0
     assert sampler.sample(logits, [1], [3]).ids_on_host() == [3]  # 7 is penalised and 9 is banned
     sampler.add(1, greedy, seed=0, sample=0, tokens=[7], prompt_len=1, stop_ids=(9,))
     assert sampler.sample(logits, [1], [1]).ids_on_host() == [9]
     assert not sampler._special, "a plain lane does not take the slow way"
     logits[0, 9] = 0.0
-    assert sampler.sample(logits, [1], [1]).ids_on_host() == [7]
+    sampler.add(2, SamplingParams(seed=1), seed=1, sample=0, tokens=[1], prompt_len=1, stop_ids=())  # sends both the slow way
+    assert sampler.sample(logits.expand(2, V), [1, 2], [1, 1]).ids_on_host()[0] == 7
     penalised = SamplingParams(temperature=0.0, repetition_penalty=50.0)
     sampler.add(1, penalised, seed=0, sample=0, tokens=[3], prompt_len=1, stop_ids=())
     assert sampler.sample(logits, [1], [1]).ids_on_host() == [7]  # of the first prompt, not of this one

@@ -191,7 +191,8 @@ def test_who_decodes_is_not_held_up_by_an_older_sequence_that_computes_its_promp
     harness.add([5] * 14, n=2)  # less than a page: the second sample computes the prompt anew, and is older than "2"
     harness.add([6] * 2)
     assert [harness.lengths(harness.step()) for _ in range(2)] == [[("1", 8)], [("1", 6), ("2", 2)]]
-    assert harness.lengths(harness.step()) == [("1", 1), ("2", 1), ("1", 6)]
+    for _ in range(2):
+        assert harness.lengths(harness.step()) == [("1", 1), ("2", 1), ("1", 6)]
 
 
 @pytest.mark.parametrize("where", ["running", "returning", "waiting"])
