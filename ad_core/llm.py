@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ad_core.api.errors import InvalidRequestError
+from ad_core.api.errors import InvalidRequestError, TokenizerMissingError
 from ad_core.config import EngineConfig, load_config
 from ad_core.pipeline import build
 from ad_core.plan import Plan
@@ -111,6 +111,16 @@ class LLM:
         return self._engine.max_length
 
     @property
+    def vocab_size(self) -> int:
+        """Width of the logits: token ids are below it."""
+        return self._engine.executor.vocab_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return self._engine.executor.last_ids.device
+
+    @property
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
         return self._engine.stats
@@ -143,25 +153,25 @@ class LLM:
         Raises `QueueFull` if the queue is at its limit. An iterator that is dropped aborts its request.
         """
         read = self._reader.read(prompt)
-        return self._loop.stream(read.ids, params, request_id, prompt=read.text)
+        return self._loop.stream(read.ids, self._checked(params), request_id, prompt=read.text)
 
     async def agenerate(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None) -> RequestOutput:
         """Answers one prompt. Raises `QueueFull` if the queue is at its limit; a cancelled call aborts its request."""
         read = self._reader.read(prompt)
-        return await self._loop.agenerate(read.ids, params, request_id, prompt=read.text)
+        return await self._loop.agenerate(read.ids, self._checked(params), request_id, prompt=read.text)
 
     def astream(
         self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
     ) -> AsyncIterator[RequestOutput]:
         """`stream` for coroutines."""
         read = self._reader.read(prompt)
-        return self._loop.astream(read.ids, params, request_id, prompt=read.text)
+        return self._loop.astream(read.ids, self._checked(params), request_id, prompt=read.text)
 
     def submit(self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None, sink: Sink) -> str:
         """Queues a prompt and returns its id at once. `sink` is called with each output in the engine's thread and must not
         block. Raises `QueueFull` if the queue is at its limit."""
         read = self._reader.read(prompt)
-        return self._loop.submit(read.ids, params, sink, request_id, stream=True, prompt=read.text)
+        return self._loop.submit(read.ids, self._checked(params), sink, request_id, stream=True, prompt=read.text)
 
     def abort(self, request_id: str) -> None:
         """Ends a request within a step; its last output has the finish reason "abort". Nothing happens if it has ended."""
@@ -178,12 +188,24 @@ class LLM:
         self.close()
         return False
 
-    @staticmethod
-    def _params_for(count: int, params: Params) -> list[SamplingParams]:
+    def _params_for(self, count: int, params: Params) -> list[SamplingParams]:
         if params is None or isinstance(params, SamplingParams):
-            return [params or SamplingParams()] * count
+            return [self._checked(params)] * count
+        if not isinstance(params, Sequence) or isinstance(params, str):
+            return [self._checked(params)]
         if len(params) != count:
-            raise InvalidRequestError(
-                f"there are {count} prompts and {len(params)} sampling parameters", hint="give one for all, or one for each"
+            raise InvalidRequestError(f"there are {count} prompts and {len(params)} sampling parameters", hint="give one for all, or one for each")
+        return [self._checked(each) for each in params]
+
+    def _checked(self, params: SamplingParams | None) -> SamplingParams:
+        """Raises `InvalidRequestError` for what are no parameters, `TokenizerMissingError` for what only text could fulfil."""
+        if params is None:
+            return SamplingParams()
+        if not isinstance(params, SamplingParams):
+            raise InvalidRequestError(f"sampling parameters cannot be a {type(params).__name__}", hint="give SamplingParams(temperature=0.7, ...)")
+        if params.stop and self.tokenizer is None:
+            raise TokenizerMissingError(
+                "stop strings were given and the model has no tokenizer, so it has no text to look for them in",
+                hint="give stop_token_ids, or LLM(..., tokenizer=PATH or a tokenizer)",
             )
-        return list(params)
+        return params
