@@ -127,10 +127,12 @@ def export(module: nn.Module, *, positions: bool = False) -> GraphModule:
     return flat_module(program.module())
 
 
-def export_model(kind: str, attention_implementation: str = "seam", *, positions: bool = True) -> GraphModule:
+def export_model(
+    kind: str, attention_implementation: str = "seam", *, positions: bool = True, dtype: torch.dtype = torch.float32
+) -> GraphModule:
     """A tiny transformers model as a graph."""
     with torch.no_grad():
-        return export(Logits(tiny_model(kind, attention_implementation)), positions=positions)
+        return export(Logits(tiny_model(kind, attention_implementation).to(dtype)), positions=positions)
 
 
 def sample(batch: int, length: int, *, positions: bool) -> tuple[torch.Tensor, ...]:

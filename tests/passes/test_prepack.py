@@ -1,0 +1,204 @@
+"""Packed linears compute the same, weights are packed where that pays, and the unpacked ones are really gone."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.fx import GraphModule
+
+from ad_core.api import PassContext, PassReport
+from ad_core.graph.edit import tensor_at
+from ad_core.passes.prepack import PrepackLinears
+
+from ..exported import VOCABULARY, apply, cleaned, export, export_model, ops, run
+
+PACKED = "mkldnn._linear_pointwise.default"
+
+
+def packs(dtype: torch.dtype) -> bool:
+    try:
+        torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=dtype), None)
+    except RuntimeError:
+        return False
+    return True
+
+
+needs_bfloat16 = pytest.mark.skipif(not packs(torch.bfloat16), reason="this CPU packs no bfloat16")
+
+
+class Net(nn.Module):
+    def __init__(self, tied: bool = False, width: int = 24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.up = nn.Embedding(VOCABULARY, width), nn.Linear(width, 40)
+        self.down, self.head = nn.Linear(40, width, bias=False), nn.Linear(width, VOCABULARY, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        return self.head(x + self.down(self.up(x).relu()))
+
+
+def graph_of(model: nn.Module) -> GraphModule:
+    """The model's graph, which alone holds the weights."""
+    graph = cleaned(export(model))
+    del model
+    gc.collect()
+    return graph
+
+
+def pack(graph: GraphModule, **options: object) -> PassReport:
+    report = PrepackLinears().run(graph, PassContext(torch.device("cpu"), None, options))
+    graph.graph.lint()
+    graph.recompile()
+    return report
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("shape", [(1, 1), (2, 11), (1, 64)])
+def test_packed_linears_compute_the_same(shape: tuple[int, int]) -> None:
+    graph = graph_of(Net().bfloat16())
+    wanted = run(graph, *shape)
+    report = pack(graph)
+    assert (report.matched, report.declined) == (3, [])
+    assert ops(graph).count(PACKED) == 3
+    assert not any("aten.linear" in op for op in ops(graph))
+    torch.testing.assert_close(run(graph, *shape), wanted, rtol=2e-2, atol=2e-2)
+
+
+@needs_bfloat16
+def test_the_unpacked_weights_are_let_go() -> None:
+    graph = graph_of(Net().bfloat16())
+    storages = [weakref.ref(tensor_at(graph, path)) for path in ("up.weight", "down.weight", "head.weight")]
+    kept = weakref.ref(tensor_at(graph, "embedding.weight"))
+    report = pack(graph)
+    assert [storage() for storage in storages] == [None] * 3
+    assert kept() is not None
+    assert not any(name.endswith(("up.weight", "down.weight", "head.weight")) for name in graph.state_dict())
+    assert report.notes == []
+
+
+@needs_bfloat16
+def test_weights_that_a_module_lent_stay_and_that_is_said() -> None:
+    model = Net().bfloat16()
+    before = model.up.weight.clone()
+    graph = cleaned(export(model))
+    report = pack(graph)
+    assert torch.equal(model.up.weight, before)
+    assert "held outside the graph" in report.notes[0]
+
+
+@needs_bfloat16
+def test_a_tied_embedding_is_packed_within_the_budget_only() -> None:
+    graph = graph_of(Net(tied=True).bfloat16())
+    wanted = run(graph)
+    report = pack(graph)
+    assert report.matched == 3
+    assert "are there twice" in report.notes[0]
+    torch.testing.assert_close(run(graph), wanted, rtol=2e-2, atol=2e-2)
+
+    graph = graph_of(Net(tied=True).bfloat16())
+    report = pack(graph, duplicate_bytes=100)
+    assert report.matched == 2
+    assert "1 weight: is also read by embedding" in report.declined[0]
+    assert torch.equal(run(graph), wanted) or torch.allclose(run(graph), wanted, rtol=2e-2, atol=2e-2)
+
+
+@needs_bfloat16
+def test_one_weight_of_two_linears_is_packed_once() -> None:
+    class Shared(Net):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            x = self.embedding(input_ids)
+            return self.head(self.down(self.up(x)) + self.down(self.up(x * 2)))
+
+    graph = graph_of(Shared().bfloat16())
+    report = pack(graph)
+    assert report.matched == 5
+    assert sum(name.endswith("_packed") for name in graph.state_dict()) == 3
+    assert report.notes == []
+
+
+def test_float32_is_packed_on_request_only() -> None:
+    graph = graph_of(Net())
+    wanted = run(graph)
+    report = pack(graph)
+    assert report.matched == 0
+    assert report.declined[0].startswith("3 weights: is float32")
+    assert pack(graph, float32=True).matched == 3
+    torch.testing.assert_close(run(graph), wanted)
+
+
+@pytest.mark.skipif(packs(torch.float16), reason="this CPU packs float16")
+def test_a_dtype_that_the_cpu_cannot_pack_is_declined_with_its_reason() -> None:
+    report = pack(graph_of(Net().half()))
+    assert report.matched == 0
+    assert "torch.float16 is not packed on this CPU" in report.declined[0]
+
+
+def test_another_device_is_declined() -> None:
+    graph = graph_of(Net())
+    (report,) = apply(graph, [PrepackLinears()], device="cuda")
+    assert report.matched == 0
+    assert "the model runs on cuda" in report.declined[0]
+
+
+@needs_bfloat16
+def test_a_whole_model_is_packed() -> None:
+    graph = cleaned(export_model("llama", dtype=torch.bfloat16))
+    wanted = run(graph).float()
+    assert pack(graph).matched == 2 * 7 + 1
+    logits = run(graph).float()
+    assert (logits - wanted).square().mean().sqrt() < 2e-2 * wanted.square().mean().sqrt()
+
+
+MEMORY = """
+import gc, sys
+import torch
+from torch import nn
+from tests.exported import cleaned, export
+from ad_core.api import PassContext
+from ad_core.passes.prepack import PrepackLinears
+
+def resident(key):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key)) / 1024
+
+class Deep(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(96, 1024)
+        widths = [(1024, 8192), (8192, 1024)] * 8
+        self.layers = nn.ModuleList(nn.Linear(*width, bias=False) for width in widths)
+        self.head = nn.Linear(1024, 96)
+    def forward(self, input_ids):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+graph = cleaned(export(Deep().bfloat16()))  # 16 weights of 16 MiB
+torch.ops.mkldnn._reorder_linear_weight(torch.zeros(16, 16, dtype=torch.bfloat16), None)
+gc.collect()
+before = resident("VmRSS:")
+open("/proc/self/clear_refs", "w").write("5")
+report = PrepackLinears().run(graph, PassContext(torch.device("cpu"), None))
+gc.collect()
+print(report.matched, before, resident("VmHWM:"), resident("VmRSS:"))
+"""
+
+
+@pytest.mark.slow
+@needs_bfloat16
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_the_peak_is_one_weight_above_what_was_there() -> None:
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    matched, before, peak, after = (float(number) for number in done.stdout.split())
+    assert matched == 17
+    assert peak - before < 64  # of 256 MiB that were packed; one is 16
+    assert after - before < 32
