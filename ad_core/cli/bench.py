@@ -166,7 +166,8 @@ def memory_gb_s(device: Any) -> float:
 
 def lines(plan: Plan, result: Result) -> list[str]:
     """The result for a person."""
-    from ad_core.cli.explain import headline, megabytes
+    from ad_core.cli.explain import headline
+    from ad_core.config import megabytes
 
     band = result.bandwidth
     return [
