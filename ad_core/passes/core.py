@@ -11,6 +11,7 @@ from ad_core.passes.functional import MakeFunctional
 from ad_core.passes.output_rows import GatherOutputRows
 from ad_core.passes.positions import OwnPositions
 from ad_core.passes.prepack import PrepackLinears
+from ad_core.passes.prepack import PrepackLinears
 from ad_core.passes.transposes import CancelTransposes
 
 
@@ -24,6 +25,6 @@ def engine_passes() -> list[Pass]:
     return [GatherOutputRows()]
 
 
-def compile_passes() -> list[Pass]:
-    """What makes the last graph faster."""
-    return [PrepackLinears()]
+def compile_passes(backend: str = "eager") -> list[Pass]:
+    """What makes the last graph faster, for a compile backend: others than eager lay weights out themselves, and cannot read packed ones."""
+    return [PrepackLinears()] if backend == "eager" else []
