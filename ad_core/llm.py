@@ -194,7 +194,9 @@ class LLM:
         if not isinstance(params, Sequence) or isinstance(params, str):
             return [self._checked(params)]
         if len(params) != count:
-            raise InvalidRequestError(f"there are {count} prompts and {len(params)} sampling parameters", hint="give one for all, or one for each")
+            raise InvalidRequestError(
+                f"there are {count} prompts and {len(params)} sampling parameters", hint="give one for all, or one for each"
+            )
         return [self._checked(each) for each in params]
 
     def _checked(self, params: SamplingParams | None) -> SamplingParams:
@@ -202,7 +204,9 @@ class LLM:
         if params is None:
             return SamplingParams()
         if not isinstance(params, SamplingParams):
-            raise InvalidRequestError(f"sampling parameters cannot be a {type(params).__name__}", hint="give SamplingParams(temperature=0.7, ...)")
+            raise InvalidRequestError(
+                f"sampling parameters cannot be a {type(params).__name__}", hint="give SamplingParams(temperature=0.7, ...)"
+            )
         if params.stop and self.tokenizer is None:
             raise TokenizerMissingError(
                 "stop strings were given and the model has no tokenizer, so it has no text to look for them in",

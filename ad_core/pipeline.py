@@ -21,7 +21,6 @@ from ad_core.api.types import ENTRY_POINT_GROUP, Environment, Limits, Stage
 from ad_core.backends import BACKENDS
 from ad_core.cache.build import build_model, measure_workspace
 from ad_core.cache.insert import InsertCaches, Served
-from ad_core.cache.memory import resident_bytes
 from ad_core.cache.model import CachedModel
 from ad_core.capture import ModelSource, capture, load_weights, open_model
 from ad_core.config import EngineConfig, make_config, plugin_options
@@ -31,7 +30,7 @@ from ad_core.graph.unclaimed import RegistryHint
 from ad_core.passes.core import clean_passes, compile_passes, engine_passes
 from ad_core.passes.manager import PassManager
 from ad_core.plan import Plan
-from ad_core.progress import Progress, Silent
+from ad_core.progress import Progress, Silent, memory_words
 from ad_core.registry import Registry
 from ad_core.registry.arbitrate import check_choices
 from ad_core.registry.choices import KernelChoices
@@ -96,7 +95,6 @@ class _Pipeline:
 
     def __init__(self, model: str | Path | nn.Module, config: EngineConfig, tokenizer: Any, progress: Progress):
         self.config, self.progress, self.plan = config, progress, Plan()
-        self.resident_before = resident_bytes()
         self.device = _device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -109,6 +107,8 @@ class _Pipeline:
                 for r in self.registry.plugins
             ]
         self.backend = _backend(config.backend, self.registry, self.device)
+        if not isinstance(model, str | os.PathLike | nn.Module):
+            raise ConfigError(f"a model cannot be a {type(model).__name__}", hint="give a directory, a .gguf file, or a torch.nn.Module")
         with self._phase("open"):
             self.source = open_model(
                 model,
@@ -127,11 +127,13 @@ class _Pipeline:
         graph = self._captured(manager)
         self._load(manager, graph)
         self._insert(manager, graph, choices)
-        self.plan.memory["weights"] = _tensor_bytes(graph)
         vocab_size = _width(graph)
+        self._check_ends(vocab_size)
+        loaded = _held(graph)
         with self._phase("compile"):
             self._run(manager, graph, Stage.COMPILE)
             call = self.backend.compile(graph)
+        self._weigh(loaded, _held(graph))
         with self._phase("pools"):
             model = build_model(call, insertion.layout, memory=self.config.memory, vocab_size=vocab_size, device=self.device)
         with self._phase("warm up"):
@@ -198,7 +200,7 @@ class _Pipeline:
         self.plan.decisions += choices.decisions
 
     def _manager(self, extra: Sequence[Pass]) -> PassManager:
-        core: list[Pass] = [*clean_passes(), *extra, *compile_passes()]
+        core: list[Pass] = [*clean_passes(), *extra, *compile_passes(self.config.backend)]
         offers: list[tuple[Pass, str, Mapping[str, Any]]] = [(each, CORE, {}) for each in core]
         offers += [(offer.item, offer.distribution, self.options.get(offer.plugin, {})) for offer in self.registry.passes()]
         return PassManager(offers, self.plan, verify=bool(self.config.verify))
@@ -222,6 +224,22 @@ class _Pipeline:
             searched=f"{sys.executable}, group {ENTRY_POINT_GROUP}",
         )
 
+    def _check_ends(self, vocab_size: int) -> None:
+        """The model's own ends may lie outside of a cut vocabulary; what a person asks for may not."""
+        asked = self.config.eos_token_id
+        for index in asked if isinstance(asked, list) else [] if asked is None else [asked]:
+            if not 0 <= index < vocab_size:
+                raise ConfigError(f"eos_token_id {index} can never be sampled", why=f"the model's vocabulary has ids 0 to {vocab_size - 1}")
+
+    def _weigh(self, loaded: Mapping[int, int], compiled: Mapping[int, int]) -> None:
+        """Weights as they were loaded, and what COMPILE has there twice: packed beside the original that something still reads."""
+        memory = self.plan.memory
+        memory["weights"] = sum(loaded.values())
+        made = sum(compiled[place] for place in compiled.keys() - loaded.keys())
+        released = 0 if self.source.in_memory else sum(loaded[place] for place in loaded.keys() - compiled.keys())
+        if made > released:
+            memory["packed copies"] = made - released
+
     def _ledger(self, model: CachedModel, workspace: int | None) -> None:
         memory = self.plan.memory
         memory["pools"], memory["buffers"] = model.pools.pool_bytes, model.pools.buffer_bytes
@@ -231,6 +249,8 @@ class _Pipeline:
             memory["workspace"] = workspace
         memory["total"] = sum(memory.values())
         memory["cache tokens"] = model.sizes.capacity_tokens(model.limits.page_size)
+        self.progress.say(f"memory: {', '.join(memory_words(memory))}")
+        self.progress.say(f"start: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in self.plan.phases.items())}")
 
 
 def _device(name: str) -> torch.device:
@@ -242,6 +262,8 @@ def _device(name: str) -> torch.device:
         raise ConfigError(
             f"there is no device {name!r}", why=str(error).splitlines()[0], hint='"auto", "cpu", "cuda" or "cuda:1"'
         ) from error
+    if device.type == "meta":
+        raise ConfigError("nothing is computed on the device 'meta'", hint="`ad explain` shows the plan of a model without loading it")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"the device {name!r} was asked for, but this torch sees no GPU", why=f"torch {torch.__version__}", hint='device="cpu"'
@@ -278,11 +300,12 @@ def _environment(device: torch.device, limits: Limits) -> Environment:
     )
 
 
-def _tensor_bytes(graph: GraphModule) -> int:
-    """Bytes of the weights, tied ones once."""
-    return sum(
-        {tensor.data_ptr(): tensor.nbytes for path in tensors_read(graph) if (tensor := tensor_at(graph, path)) is not None}.values()
-    )
+def _held(graph: GraphModule) -> dict[int, int]:
+    """Bytes of every tensor that the graph reads, by where it lies: tied ones once. A packed one has no address, only an identity."""
+    tensors = [tensor for path in tensors_read(graph) if (tensor := tensor_at(graph, path)) is not None]
+    return {
+        tensor.data_ptr() if tensor.layout == torch.strided else id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors
+    }
 
 
 def _width(graph: GraphModule) -> int:

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
+
+
+def megabytes(count: float) -> str:
+    """Bytes for people: 1.5 GiB, 256.7 MiB, 22.5 KiB."""
+    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def memory_words(memory: Mapping[str, int]) -> list[str]:
+    """The entries of a plan's ledger, as they are printed."""
+    return [f"{name} {value:,}" if name == "cache tokens" else f"{name} {megabytes(value)}" for name, value in memory.items()]
 
 
 class Progress(Protocol):
@@ -16,6 +29,10 @@ class Progress(Protocol):
 
     def counting(self, name: str, unit: str) -> AbstractContextManager[Counter]:
         """Work whose size becomes known: bytes of weights, prompts of a batch."""
+        ...
+
+    def say(self, line: str) -> None:
+        """A result that stays: what the start took."""
         ...
 
 
@@ -34,6 +51,9 @@ class Silent:
             return None
 
         return nullcontext(count)
+
+    def say(self, line: str) -> None:
+        return None
 
 
 class Bars:
@@ -63,3 +83,6 @@ class Bars:
                 bars.update(task, completed=done, total=total)
 
             yield count
+
+    def say(self, line: str) -> None:
+        self._console.print(line, style="dim", highlight=False, markup=False)

@@ -42,17 +42,18 @@ class PromptReader:
 
     def read_all(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[TokenizedPrompt], bool]:
         """One prompt or a list of them, and whether it was a single one. An empty list holds no prompts."""
-        if isinstance(prompts, Sequence) and not isinstance(prompts, str) and not len(prompts):
+        if not isinstance(prompts, Sequence) and not hasattr(prompts, "tolist"):
+            raise _not_a_prompt(prompts)
+        if isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes) and not len(prompts):
             return [], False
-        single = isinstance(prompts, str) or hasattr(prompts, "tolist") or _all(prompts, Mapping) or _all(prompts, int)
+        single = isinstance(prompts, str | bytes) or hasattr(prompts, "tolist") or _all(prompts, Mapping) or _all(prompts, int)
         each: Sequence[Any] = [prompts] if single else prompts  # type: ignore[assignment,list-item]
         return [self.read(prompt) for prompt in each], single
 
     def _text(self, text: str) -> TokenizedPrompt:
         if not text:
             raise InvalidRequestError("the prompt is empty", hint="give at least one character, or token ids")
-        ids = self._needed("text")(text)["input_ids"]
-        return self._checked(TokenizedPrompt([int(token) for token in ids], text))
+        return self._checked(TokenizedPrompt(_encoded(self._needed("text"), text, special=True), text))
 
     def _chat(self, messages: list[dict[str, Any]]) -> TokenizedPrompt:
         tokenizer = self._needed("chat messages")
@@ -67,8 +68,7 @@ class PromptReader:
             raise InvalidRequestError(
                 "the chat template refuses these messages", why=str(error), hint='messages look like {"role": "user", "content": "..."}'
             ) from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return self._checked(TokenizedPrompt([int(token) for token in ids], text))
+        return self._checked(TokenizedPrompt(_encoded(tokenizer, text, special=False), text))
 
     def _checked(self, prompt: TokenizedPrompt) -> TokenizedPrompt:
         if not prompt.ids:
@@ -87,6 +87,25 @@ class PromptReader:
                 f"the prompt is {what} and the model has no tokenizer", hint="give token ids, or LLM(..., tokenizer=PATH or a tokenizer)"
             )
         return tokenizer
+
+
+def _encoded(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """Ids by a tokenizer of transformers or of `tokenizers`; `special` adds what the model wants around a text, a BOS token say."""
+    if callable(tokenizer):
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    else:
+        ids = tokenizer.encode(text, add_special_tokens=special).ids
+    return [int(token) for token in ids]
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, int) and not isinstance(token, bool)
+
+
+def _not_a_prompt(value: Any) -> InvalidRequestError:
+    inside = next((type(item).__name__ for item in value if not _is_id(item)), None) if isinstance(value, list | tuple) else None
+    what = type(value).__name__ + (f" with a {inside} in it" if inside else "")
+    return InvalidRequestError(f"a prompt cannot be a {what}", hint="give text, a list of chat messages, or a flat list of token ids")
 
 
 def _all(values: Any, kind: type) -> bool:

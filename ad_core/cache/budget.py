@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from ad_core.api.errors import OutOfMemoryBudgetError
 from ad_core.api.types import Limits
 from ad_core.cache.spec import CacheSpec
-
-MIB = 1 << 20
+from ad_core.progress import megabytes
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,11 @@ def sizes_for(spec: CacheSpec, limits: Limits, memory: int) -> PoolSizes:
 
     low, high = 1, limits.max_sequences * limits.max_pages
     if bytes_for(low) > memory:
+        states = f" and the states of {limits.max_sequences} sequences" if num_slots else ""
         raise OutOfMemoryBudgetError(
-            f"the memory budget of {memory / MIB:.1f} MiB cannot hold the cache",
-            why=f"one page of each pool and the states of {limits.max_sequences} sequences take {bytes_for(low) / MIB:.1f} MiB",
-            hint="raise `memory`, or lower `max_requests` or `page_size`",
+            f"the memory budget of {megabytes(memory)} cannot hold the cache",
+            why=f"one page of each pool beside the null page{states} take {megabytes(bytes_for(low))}",
+            hint=f"raise `memory`, or lower `page_size`{' or `max_requests`' if states else ''}",
         )
     while low < high:  # the most blocks that fit: bytes grow with blocks
         middle = (low + high + 1) // 2

@@ -169,7 +169,7 @@ def open_model(
         dtype=wanted,
         config=config,
         checkpoint=checkpoint,
-        max_model_len=max_model_len or _length(config),
+        max_model_len=_longest(max_model_len, config),
         eos_token_ids=_ids(ends if ends is not None else _of_text(config, "eos_token_id")),
         tokenizer=_given_tokenizer(tokenizer, trust_remote_code),
         computed=computed_buffers(module, build),
@@ -240,7 +240,7 @@ def _from_memory(
         name=type(module).__name__,
         dtype=own,
         config=config,
-        max_model_len=max_model_len or _length(config),
+        max_model_len=_longest(max_model_len, config),
         eos_token_ids=_ids(ends),
         tokenizer=_given_tokenizer(tokenizer, False),
     )
@@ -288,6 +288,17 @@ def _dtype(asked: str | torch.dtype, own: Any) -> torch.dtype:
     if not isinstance(value, torch.dtype) or not value.is_floating_point:
         raise ConfigError(f"{asked!r} is no dtype for a model", hint='use "auto", "float32", "bfloat16" or "float16"')
     return value
+
+
+def _longest(asked: int | None, config: Any) -> int | None:
+    """Positions behind the model's last have no embedding, or one that it was never trained on."""
+    own = _length(config)
+    if asked is not None and own is not None and asked > own:
+        raise ConfigError(
+            f"max_model_len {asked} is more than the model's {own}",
+            hint="leave it out; a model that can do more says so in its config.json",
+        )
+    return asked or own
 
 
 def _length(config: Any) -> int | None:

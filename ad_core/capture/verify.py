@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
-from ad_core.api.errors import CaptureError
+from ad_core.api.errors import CaptureError, CheckpointError
 from ad_core.capture.forward import LogitsOnly
 from ad_core.capture.scope import inference_form
 from ad_core.graph.ops import qualified_name
@@ -84,11 +84,18 @@ class Agreement:
 
 
 def verify_numbers(graph: GraphModule, reference: Reference, dtype: torch.dtype, device: torch.device) -> Agreement:
-    """Compares the graph, called with positions 0, 1, 2 ..., with the reference. Raises `CaptureError` where they differ."""
+    """Compares the graph, called with positions 0, 1, 2 ..., with the reference. Raises `CaptureError` where they differ,
+    `CheckpointError` where the module itself computes NaN."""
     names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     allowed = _TOLERANCE.get(dtype, 4e-2)
     worst = 0.0
     for ids, wanted in reference.logits(_vocabulary(graph)):
+        if wanted.isnan().any():
+            raise CheckpointError(
+                "the module's own logits are not numbers",
+                why=f"at batch {ids.shape[0]}, length {ids.shape[1]} {int(wanted.isnan().sum())} of {wanted.numel()} are NaN",
+                hint="the weights are damaged or were never loaded, or overflow in this dtype: try dtype='float32'",
+            )
         positions = torch.arange(ids.shape[1], device=device).expand_as(ids)
         values = {"input_ids": ids.to(device), "position_ids": positions}
         with torch.no_grad():

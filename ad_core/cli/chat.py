@@ -31,7 +31,9 @@ def chat(
 
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p)
     opening = [{"role": "system", "content": system}] if system else []
-    with LLM(model, progress=sys.stderr.isatty(), **options.llm_options(config, device, dtype, threads, memory, settings, trust_remote_code)) as llm:
+    with LLM(
+        model, progress=sys.stderr.isatty(), **options.llm_options(config, device, dtype, threads, memory, settings, trust_remote_code)
+    ) as llm:
         history: list[dict[str, Any]] = list(opening)
         print(HELP)
         while (line := _ask()) is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ad_core.cli import options
+from ad_core.progress import megabytes, memory_words
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -62,7 +63,7 @@ def print_plan(plan: Plan) -> None:
         console.print()
         console.print(table)
     if plan.memory:
-        console.print(f"\nmemory: {', '.join(memory_words(plan))}", highlight=False)
+        console.print(f"\nmemory: {', '.join(memory_words(plan.memory))}", highlight=False)
     if plan.phases:
         console.print(f"start: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in plan.phases.items())}", highlight=False)
     for note in plan.notes:
@@ -77,19 +78,6 @@ def headline(plan: Plan) -> str:
         f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:,.0f} M parameters, {model['dtype']}, "
         f"{megabytes(model['weight_bytes'])} of weights, up to {model['max_model_len']} tokens"
     )
-
-
-def megabytes(count: float) -> str:
-    """Bytes for people: 1.5 GiB, 256.7 MiB, 22.5 KiB."""
-    for unit, size in (("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return f"{count:.0f} B"
-
-
-def memory_words(plan: Plan) -> list[str]:
-    """The ledger's entries, as they are printed."""
-    return [f"{name} {value:,}" if name == "cache tokens" else f"{name} {megabytes(value)}" for name, value in plan.memory.items()]
 
 
 def claim_rows(plan: Plan) -> list[tuple[str, str, str, str, int]]:

@@ -40,7 +40,9 @@ def generate(
     texts = _prompts(prompts, file)
     params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed, stop=stop or [])
     asked = [[{"role": "user", "content": text}] if chat else text for text in texts]
-    with LLM(model, progress=sys.stderr.isatty(), **options.llm_options(config, device, dtype, threads, memory, settings, trust_remote_code)) as llm:
+    with LLM(
+        model, progress=sys.stderr.isatty(), **options.llm_options(config, device, dtype, threads, memory, settings, trust_remote_code)
+    ) as llm:
         if len(asked) == 1 and not as_json:
             for output in llm.stream(asked[0], params):
                 if output.error is not None:

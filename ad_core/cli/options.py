@@ -18,16 +18,30 @@ Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
 Memory = Annotated[str | None, typer.Option(help='For all pools together: bytes, or "2GiB".')]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Any other option of LLM, KEY=VALUE with a TOML value; kernels.OP=NAME and plugins.NAME.KEY=VALUE too. Repeatable."),
+    typer.Option(
+        "--set", help="Any other option of LLM, KEY=VALUE with a TOML value; kernels.OP=NAME and plugins.NAME.KEY=VALUE too. Repeatable."
+    ),
 ]
 TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that lies in the model's directory.")]
 
 
 def llm_options(
-    config: Path | None, device: str | None, dtype: str | None, threads: int | None, memory: str | None, settings: Sequence[str] | None, trust: bool
+    config: Path | None,
+    device: str | None,
+    dtype: str | None,
+    threads: int | None,
+    memory: str | None,
+    settings: Sequence[str] | None,
+    trust: bool,
 ) -> dict[str, Any]:
     """Keyword arguments for `LLM` (and, as overrides, for `load_config`). Raises `ConfigError` for a malformed `--set`."""
-    given: dict[str, Any] = {"device": device, "dtype": dtype, "threads": threads, "memory": _size(memory), "trust_remote_code": trust or None}
+    given: dict[str, Any] = {
+        "device": device,
+        "dtype": dtype,
+        "threads": threads,
+        "memory": _size(memory),
+        "trust_remote_code": trust or None,
+    }
     for setting in settings or ():
         _put(given, setting)
     return {"config": config, **{name: value for name, value in given.items() if value is not None}}

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ad_core.cli.explain import claim_rows, headline, megabytes, memory_words, resource_rows
+from ad_core.cli.explain import claim_rows, headline, resource_rows
+from ad_core.progress import megabytes, memory_words
 
 if TYPE_CHECKING:
     from ad_core.plan import Claim, Plan
@@ -19,16 +20,19 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; } p { color: var(--soft); margin: .2rem 0; }
 table { border-collapse: collapse; width: 100%; background: var(--card); border-radius: 8px; overflow: hidden; }
 th, td { text-align: left; padding: .45rem .8rem; border-top: 1px solid var(--line); vertical-align: top; }
-th { font-weight: 600; color: var(--soft); font-size: .85rem; border-top: 0; } td.n { text-align: right; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; color: var(--soft); font-size: .85rem; border-top: 0; }
+td.n { text-align: right; font-variant-numeric: tabular-nums; }
 code { font: 13px ui-monospace, monospace; } .flow { display: flex; flex-direction: column; align-items: center; gap: 0; }
 .end { border: 1px solid var(--line); border-radius: 99px; padding: .3rem 1.2rem; background: var(--card); color: var(--soft); }
 .pipe { width: 2px; height: 18px; background: var(--line); }
 .block { position: relative; background: var(--card); border: 1px solid var(--line); border-left: 6px solid var(--hue); border-radius: 8px;
   padding: .7rem 1rem; width: min(640px, 90%); box-shadow: 0 1px 2px rgb(0 0 0 / 8%); }
 .block b { font-size: 1rem; } .block .times { position: absolute; right: 1rem; top: .7rem; color: var(--soft); }
-.tag { display: inline-block; border-radius: 6px; padding: 0 .5rem; margin: .25rem .35rem 0 0; font-size: .82rem; background: color-mix(in srgb, var(--hue) 18%, transparent); }
+.tag { display: inline-block; border-radius: 6px; padding: 0 .5rem; margin: .25rem .35rem 0 0; font-size: .82rem;
+  background: color-mix(in srgb, var(--hue) 18%, transparent); }
 .bar { display: flex; height: 26px; border-radius: 6px; overflow: hidden; background: var(--line); }
-.bar span { display: block; overflow: hidden; white-space: nowrap; font-size: .78rem; line-height: 26px; padding-left: .4rem; color: #fff; }
+.bar span { display: block; overflow: hidden; white-space: nowrap; font-size: .78rem;
+  line-height: 26px; padding-left: .4rem; color: #fff; }
 """
 _HUES = ("#3b6fd4", "#c2663a", "#2f9470", "#8a56c2", "#b8962e", "#c24a72")
 
@@ -67,12 +71,13 @@ def picture(plan: Plan) -> str:
             ("pass", "stage", "from", "matches", "ms", "notes"),
             [(p.name, p.stage, p.distribution, p.matched, round(p.seconds * 1e3), "; ".join((*p.notes, *p.declined))) for p in plan.passes],
         ),
-        _proportions("Memory", {n: v for n, v in plan.memory.items() if n not in ("total", "cache tokens")}, memory_words(plan)),
+        _proportions("Memory", {n: v for n, v in plan.memory.items() if n not in ("total", "cache tokens")}, memory_words(plan.memory)),
         _proportions("Start", plan.phases, [f"{name} {seconds:.1f} s" for name, seconds in plan.phases.items()]),
         *(f"<p>note: {escape(note)}</p>" for note in plan.notes),
         f"<p>plan digest <code>{plan.digest}</code></p>",
     ]
-    return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><body>{"".join(parts)}</body></html>\n'
+    head = f'<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
+    return f"<!doctype html>{head}<body>{''.join(parts)}</body></html>\n"
 
 
 def _flow(plan: Plan) -> str:
@@ -94,7 +99,7 @@ def _flow(plan: Plan) -> str:
             "computes itself",
         )
         place = first.module if first is last else f"{first.module} … {last.module}"
-        times = f'<span class="times">× {len(claims)}</span>' if len(claims) > 1 else ""
+        times = f'<span class="times">&times; {len(claims)}</span>' if len(claims) > 1 else ""
         tags = [first.op, f"kernel {kernel}", f"by {first.by}", *filter(None, [_kept(plan, first)])]
         shown = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
         kind = escape(first.module_class.rpartition(".")[2] or first.op)
@@ -128,7 +133,8 @@ def _proportions(title: str, values: dict[str, int] | dict[str, float], words: l
     if not total:
         return ""
     spans = "".join(
-        f'<span style="width:{100 * value / total:.2f}%;background:{_HUES[index % len(_HUES)]}" title="{escape(name)}">{escape(name)}</span>'
+        f'<span style="width:{100 * value / total:.2f}%;background:{_HUES[index % len(_HUES)]}" title="{escape(name)}">'
+        f"{escape(name)}</span>"
         for index, (name, value) in enumerate(values.items())
         if value / total > 0.004
     )

@@ -33,7 +33,9 @@ def check_greedy(module: nn.Module, llm: LLM, outputs: Sequence[RequestOutput], 
         best = logits.amax(1)
         behind = best - logits[torch.arange(length), torch.tensor(answer)]
         differs = behind > 0
-        assert float(behind.max()) <= TIE, f"prompt of {len(prompt)}: token {int(behind.argmax())} is {float(behind.max()):.3g} behind the oracle's"
+        assert float(behind.max()) <= TIE, (
+            f"prompt of {len(prompt)}: token {int(behind.argmax())} is {float(behind.max()):.3g} behind the oracle's"
+        )
         if bool(differs.any()):
             ties += int(differs.sum())
             _compare_logprobs(llm, prompt, answer, logits)

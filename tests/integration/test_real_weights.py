@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,12 +123,6 @@ def token_bytes(model: Model) -> int:
     """Bytes that one token takes in the pools: keys and values of all layers in float32."""
     config: Any = model.module.config
     return 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * config.hidden_size // config.num_attention_heads
-
-
-@pytest.fixture(scope="module")
-def answers() -> Iterator[dict[tuple[int, ...], list[int]]]:
-    """What the variants have answered so far, by prompt: they have to agree, too."""
-    yield {}
 
 
 VARIANTS = {
