@@ -205,6 +205,9 @@ class MixerConformance:
     def test_ragged(self, subject: Subject) -> None:
         kernel_checks.ragged(subject)
 
+    def test_strides(self, subject: Subject) -> None:
+        kernel_checks.strides(subject)
+
     def test_page_boundary(self, subject: Subject) -> None:
         kernel_checks.page_boundary(subject)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,8 @@ from ad_core.testing.cases import Case
 from ad_core.testing.poison import poison_
 
 Outputs = tuple[torch.Tensor, ...]
+Layout = Callable[[torch.Tensor], torch.Tensor]
+"""Gives packed tokens [1, T, ...] other strides, or none."""
 
 
 def bind_arguments(
@@ -79,8 +81,9 @@ class Harness:
         device: str = "cpu",
         seed: int = 0,
         data_seed: int = 0,
+        layout: Layout = torch.Tensor.contiguous,
     ):
-        self.mixer, self.kernel, self.case = mixer, kernel, case
+        self.mixer, self.kernel, self.case, self.layout = mixer, kernel, case, layout
         self.device = torch.device(device)
         self.data = on_device(case.arguments(sequences, length, dtype, data_seed), self.device)
         self.call = symbolic_call(mixer, case, dtype, device)
@@ -171,7 +174,7 @@ class Harness:
         parts = [value[index, self.sequences[index].context :][:count] for index, count in work]
         if pad_tokens:
             parts.append(torch.full((pad_tokens, *value.shape[2:]), 99, dtype=value.dtype, device=value.device))
-        return torch.cat(parts)[None]
+        return self.layout(torch.cat(parts)[None])
 
     def _padded(self, batch: Batch, name: str, pad_tokens: int, pad_sequences: int) -> torch.Tensor:
         """A device field as a padded step has it: token and sequence fields go on with zeros, `cu_seqlens` with its last value."""

@@ -10,7 +10,7 @@ import torch
 from ad_core.api import Declined, PagedTokens, Role
 from ad_core.testing.calls import invoke
 from ad_core.testing.cases import in_float64
-from ad_core.testing.harness import Harness
+from ad_core.testing.harness import Harness, Layout
 from ad_core.testing.op_checks import agree
 from ad_core.testing.poison import changed_rows, poisoned_empty, same_bits
 from ad_core.testing.subject import Subject, dtype_of
@@ -91,6 +91,19 @@ def ragged(subject: Subject) -> None:
     for seed in range(3):
         steps = random_steps(random.Random(100 + seed), sequences=4, length=24)
         subject.follow(subject.harness(seed=seed, sequences=4), steps, f"seed {seed}")
+
+
+def strides(subject: Subject) -> None:
+    """TOKEN arguments lie in memory as the model left them: heads before tokens, part of a wider tensor, or worse."""
+    layouts: dict[str, Layout] = {
+        "tokens next to each other": lambda tensor: tensor.transpose(1, -2).contiguous().transpose(1, -2),
+        "the last dimension strided": lambda tensor: tensor.transpose(1, -1).contiguous().transpose(1, -1),
+        "a slice of something wider": lambda tensor: torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]],
+    }
+    for name, layout in layouts.items():
+        steps: Steps = [[(0, 9), (1, 2)], [(0, 1), (1, 1)], [(1, 1), (0, 4), (2, 5)]]
+        subject.follow(subject.harness(layout=layout), steps, name)
+        subject.follow(subject.harness(layout=layout), [[(0, 9)], [(0, 1)]], f"{name}, one sequence")
 
 
 def page_boundary(subject: Subject) -> None:
@@ -245,6 +258,7 @@ KERNEL_CHECKS: dict[str, Callable[[Subject], None]] = {
         decode,
         chunks,
         ragged,
+        strides,
         page_boundary,
         permutation,
         padding,

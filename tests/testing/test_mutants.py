@@ -234,6 +234,13 @@ def test_a_result_that_depends_on_batch_mates():
     assert red_ema(ema_kernel(mates)) == {"independence"}
 
 
+def test_inputs_that_are_taken_to_be_contiguous():
+    def flat(x, *rest):
+        return ema_slots(x.as_strided(x.shape, (x[0].numel(), x.shape[2], 1)), *rest)
+
+    assert red_ema(ema_kernel(flat)) == {"strides"}
+
+
 def test_uninitialised_memory_that_is_read():
     def reads(x, decay, state, cu_seqlens, state_slots, fresh):
         return ema_slots(x, decay, state, cu_seqlens, state_slots, fresh) + 0 * torch.empty_like(x)

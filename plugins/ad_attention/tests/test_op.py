@@ -128,10 +128,11 @@ def test_half_precision_rounds_its_inputs_and_its_result_and_nothing_else(dtype,
 
 def test_queries_that_are_not_contiguous():
     q, k, v = qkv(4, 2, 8, 8)
-    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
-    got = attention(*strided, scale=0.3, window=4)
-    assert got.is_contiguous()
-    torch.testing.assert_close(got, attention(q, k, v, scale=0.3, window=4), rtol=1e-12, atol=1e-12)
+    for axis, arguments in ((2, {}), (3, {}), (2, {"window": 4}), (3, {"window": 4})):
+        strided = [x.transpose(1, axis).contiguous().transpose(1, axis) for x in (q, k, v)]
+        got = attention(*strided, scale=0.3, **arguments)
+        assert got.is_contiguous()
+        torch.testing.assert_close(got, attention(q, k, v, scale=0.3, **arguments), rtol=1e-12, atol=1e-12)
 
 
 def test_an_unknown_rule_for_the_relative_bias_is_named():

@@ -51,7 +51,7 @@ def test_groups_that_are_cut_to_one_row_each(monkeypatch, name):
 @pytest.mark.parametrize("limit", [0, 10**9], ids=["products", "fused"])
 @pytest.mark.parametrize("entry", [e for e in CASES if e.name not in ("wide_value", "window_one")], ids=lambda e: e.name)
 def test_every_way_to_compute_a_half_precision_decode(monkeypatch, entry, limit):
-    monkeypatch.setattr(torch_plan, "FUSED_ELEMENTS", limit)
+    monkeypatch.setattr(torch_plan, "SMALL_ELEMENTS", limit)
     kernel_checks.float64(Subject(MIXER, entry, KERNEL))
 
 
@@ -59,14 +59,19 @@ def test_the_way_is_chosen_by_size_dtype_and_modifiers():
     def shape(dtype, heads=4, fusable=True, on_cpu=True):
         return torch_plan.Shape(heads, 2, 64, 64, dtype, None, None, fusable, on_cpu)
 
-    assert shape(torch.float32).mode(10**7) == EXACT
-    assert shape(torch.bfloat16).mode(1000) == FUSED
-    assert shape(torch.bfloat16, heads=2).mode(1000) == EXACT  # one query a key head: the fused kernel is slow
-    assert shape(torch.bfloat16, fusable=False).mode(1000) == EXACT
-    assert shape(torch.bfloat16, on_cpu=False).mode(10**7) == EXACT
-    assert shape(torch.float16).mode(10**7) == EXACT
+    def mode(elements, viewed=False, **kind):
+        return shape(**kind).mode(elements, viewed)
+
+    assert mode(10**7, dtype=torch.float32) == EXACT
+    assert mode(1000, dtype=torch.bfloat16) == FUSED
+    assert mode(1000, dtype=torch.bfloat16, heads=2) == EXACT  # one query a key head: the fused kernel is slow
+    assert mode(1000, dtype=torch.bfloat16, fusable=False) == EXACT
+    assert mode(10**7, dtype=torch.bfloat16, on_cpu=False) == EXACT
+    assert mode(10**7, dtype=torch.float16) == FUSED
+    assert mode(1000, viewed=True, dtype=torch.bfloat16) == FUSED
+    assert mode(10**7, viewed=True, dtype=torch.bfloat16) == EXACT
     if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        assert shape(torch.bfloat16).mode(10**7) == SPLIT
+        assert mode(10**7, dtype=torch.bfloat16) == SPLIT
 
 
 def test_split_products_do_not_round_scores_to_bfloat16():

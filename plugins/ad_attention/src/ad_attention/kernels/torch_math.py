@@ -82,7 +82,7 @@ def prefill(
     context: int,
     given: Modifiers,
 ) -> torch.Tensor:
-    """query [m, H, D], key [m, G, D], value [m, G, Dv]: m tokens from position `context` on -> [m, G, R, Dv].
+    """query [m, H, D], key [m, G, D], value [m, G, Dv]: m tokens from position `context` on -> [m, H, Dv].
 
     `cached` are the visible keys [G, c, D] and values [G, c, Dv] just before them, None if there are none. `key_bias`
     [c + m, G] covers both.
@@ -97,29 +97,30 @@ def prefill(
     if plain and cached is None and given.sinks is None:
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=given.scale, enable_gqa=k.shape[1] != q.shape[1])
-        return out[0].transpose(0, 1).unflatten(1, (key.shape[1], -1))
+        return out[0].transpose(0, 1).contiguous()
     return _prefill_blocks(query, key, value, cached, key_bias, context, given)
 
 
 def _prefill_fused(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cached: tuple[torch.Tensor, torch.Tensor] | None, given: Modifiers
 ) -> torch.Tensor:
-    """Context and chunk are two calls without a mask, joined by their sums. The query heads of a group are the batch, over which
-    keys and values repeat with stride 0."""
+    """Context and chunk are two calls without a mask, joined by their sums. The chunk's keys are few enough to be repeated for each
+    query head; those of the context are not, there the query heads of a group are the batch, over which keys have stride 0."""
     m, H, D = query.shape
-    G = key.shape[1]
-    rows = query.view(m, G, H // G, D).permute(2, 1, 0, 3)  # [R, G, m, D]
-    repeat = (H // G, -1, -1, -1)
-    k, v = (x.transpose(0, 1).expand(repeat) for x in (key, value))
-    out, lse = fused_cpu(rows, k, v, 0.0, True, attn_mask=None, scale=given.scale)
+    G, R = key.shape[1], H // key.shape[1]
+    k, v = (x.transpose(0, 1)[:, None].expand(-1, R, -1, -1).reshape(1, H, m, D) for x in (key, value))
+    out, lse = fused_cpu(query.transpose(0, 1)[None], k, v, 0.0, True, attn_mask=None, scale=given.scale)
+    out, lse = out[0].transpose(0, 1).view(m, G, R, D), lse[0].view(G, R, m).permute(2, 0, 1)
     if cached is not None:
-        k, v = (x.expand(repeat) for x in cached)
-        before, before_lse = fused_cpu(rows, k, v, 0.0, False, attn_mask=None, scale=given.scale)
+        rows = query.view(m, G, R, D).permute(2, 1, 0, 3)
+        before, before_lse = fused_cpu(rows, *(x.expand(R, -1, -1, -1) for x in cached), 0.0, False, attn_mask=None, scale=given.scale)
+        before, before_lse = before.permute(2, 1, 0, 3), before_lse.permute(2, 1, 0)
         share = torch.sigmoid(before_lse - lse)[..., None]
         out = out.to(share.dtype).lerp(before.to(share.dtype), share)
         lse = torch.logaddexp(lse, before_lse)
-    out = out.permute(2, 1, 0, 3)
-    return out if given.sinks is None else _sink(out, lse.permute(2, 1, 0)[..., None], given.sinks)
+    if given.sinks is not None:
+        out = _sink(out, lse[..., None], given.sinks)
+    return out.reshape(m, H, D).to(query.dtype)
 
 
 def _prefill_blocks(
@@ -175,7 +176,7 @@ def _prefill_blocks(
             block = (scores.softmax(-1).flatten(1, 2) @ v[:, seen]).view(G, H // G, stop - start, Dv).permute(2, 0, 1, 3)
             lse = scores.logsumexp(-1, keepdim=True).permute(2, 0, 1, 3)
         out[start:stop] = block if given.sinks is None else _sink(block, lse, given.sinks)
-    return out
+    return out.view(m, H, Dv)
 
 
 def _sink(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:

@@ -18,10 +18,12 @@ from ad_core.api import BatchView, BufferSpec, Limits
 
 MAX_ENTRIES = 1 << 20
 """Size of `index` and `mask`. Groups that do not fit compute theirs in every layer: by then that is a tenth of the time."""
-GROUP_BYTES = 1 << 20
-"""Keys and values that a group gathers: they should still be in the second-level cache when they are multiplied."""
-FUSED_ELEMENTS = 100_000
-"""Gathered key elements below which one fused call beats two batched products, whose set-up it saves."""
+GROUP_BYTES = 4 << 20
+"""Keys and values that a group gathers: what is gathered should still be in a cache when it is multiplied."""
+SMALL_ELEMENTS = 200_000
+"""Gathered key elements below which set-up counts most: half precision is then not worth two batched products of its own."""
+SMALL_VIEW = 64_000
+"""The same for keys that are read where they lie: converting them is then the only copy."""
 FUSED, EXACT, SPLIT = range(3)
 """How a decode group is computed, see `torch_math`."""
 NONE = -1
@@ -86,13 +88,17 @@ class Shape:
     fusable: bool
     on_cpu: bool
 
-    def mode(self, elements: int) -> int:
-        """How to compute a decode group that gathers so many key elements."""
+    def mode(self, elements: int, viewed: bool) -> int:
+        """How to compute a decode group of so many key elements, gathered or `viewed` in place."""
         if not self.on_cpu or self.dtype not in (torch.bfloat16, torch.float16):
             return EXACT
-        if elements < FUSED_ELEMENTS:  # with one query a head the fused kernel falls back to a slow product
-            return FUSED if self.fusable and self.query_heads > self.heads else EXACT
-        return SPLIT if self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported() else EXACT
+        # With one query a head the fused kernel falls back to a slow product.
+        fused = self.fusable and self.query_heads > self.heads
+        if viewed:
+            return FUSED if fused and elements < SMALL_VIEW else EXACT
+        if elements >= SMALL_ELEMENTS and self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return SPLIT
+        return FUSED if fused else EXACT
 
 
 def plan_buffers(heads: int, limits: Limits) -> dict[str, BufferSpec]:
@@ -131,10 +137,10 @@ def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -
     for count in sizes:
         members = rows[:, start : start + count]
         length = int(lengths[order[start : start + count]].max())
-        mode = shape.mode(count * length * shape.heads * shape.head_dim)
-        view = NONE if count > 1 or mode == SPLIT else _consecutive(table[members[0, 0]], int(members[2, 0]), length, batch.page_size)
+        view = NONE if count > 1 else _consecutive(table[members[0, 0]], int(members[2, 0]), length, batch.page_size)
+        mode = shape.mode(count * length * shape.heads * shape.head_dim, view != NONE)
         masked = int((members[1] - members[2] + 1).min()) < length
-        index_start = NONE if view >= 0 else gather.decodes(table, members, length, masked)
+        index_start = NONE if view != NONE else gather.decodes(table, members, length, masked)
         groups.append(Group(count, length, index_start, view, masked, mode))
         start += count
 
@@ -148,7 +154,7 @@ def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -
         index_start = view = NONE
         if context > visible:
             view = _consecutive(table[row], visible, context - visible, batch.page_size)
-            index_start = NONE if view >= 0 else gather.context(table[row], visible, context)
+            index_start = NONE if view != NONE else gather.context(table[row], visible, context)
         prefills.append(Prefill(row, token, count, context, visible, index_start, view))
 
     write_start = int(slots[0]) if len(slots) and (np.diff(slots) == 1).all() else NONE

@@ -127,6 +127,8 @@ def _attention(
     Rows past the batch's tokens are zero.
     """
     tokens, decodes, num_groups, num_prefills, write_start, permuted, *lead = plan.tolist()
+    # The fused kernel reads any strides but these, and does not say so.
+    query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     given = Modifiers(scale, window, chunk, softcap, sinks, alibi_slopes, rel_bias, distance_buckets)
     pages = _Pages((key_pages, value_pages, key_bias_pages), page_table, rows, index)
     if append:
@@ -136,13 +138,15 @@ def _attention(
     if num_groups == 1 and decodes == T and not permuted:  # the step of one or of a few alike: its result is the output
         return _decode_group(query[0], 0, groups[0], pages, mask, given)[None]
 
-    out = query.new_empty(1, T, H, value.shape[3])
     prefills: list[Prefill] = []
     if num_groups > 1 or num_prefills:
         listed = records[: num_groups + num_prefills].tolist()
         groups = [Group(*record[: len(Group._fields)]) for record in listed[:num_groups]]
         prefills = [Prefill(*record[: len(Prefill._fields)]) for record in listed[num_groups:]]
-    start = 0
+    if num_prefills == 1 and prefills[0].size == T:  # the step of one prompt: likewise
+        return _prefill_chunk(query[0], key[0], value[0], None if key_bias is None else key_bias[0], prefills[0], pages, given)[None]
+
+    out, start = query.new_empty(1, T, H, value.shape[3]), 0
     for group in groups:
         stop = start + group.size
         if permuted:
@@ -151,14 +155,10 @@ def _attention(
         else:
             out[0, start:stop] = _decode_group(query[0, start:stop], start, group, pages, mask, given)
         start = stop
-    for chunk_of in prefills:
-        new = slice(chunk_of.token, chunk_of.token + chunk_of.size)
-        target = out[0, new].unflatten(1, (key.shape[2], -1))
-        target.copy_(
-            _prefill_chunk(
-                query[0, new], key[0, new], value[0, new], None if key_bias is None else key_bias[0, new], chunk_of, pages, given
-            )
-        )
+    for part in prefills:
+        new = slice(part.token, part.token + part.size)
+        bias = None if key_bias is None else key_bias[0, new]
+        out[0, new] = _prefill_chunk(query[0, new], key[0, new], value[0, new], bias, part, pages, given)
     if tokens < T:
         out[0, tokens:].zero_()
     return out
@@ -200,7 +200,7 @@ def _prefill_chunk(
     pages: _Pages,
     given: Modifiers,
 ) -> torch.Tensor:
-    """The new tokens of one sequence: query [m, H, D] -> [m, G, R, Dv]. Their own keys are at hand; the cached ones come from the pages."""
+    """The new tokens of one sequence: query [m, H, D] -> [m, H, Dv]. Their own keys are at hand; the cached ones come from the pages."""
     length = chunk.context - chunk.first
     if not length:
         return torch_math.prefill(query, key, value, None, key_bias, chunk.context, given)
