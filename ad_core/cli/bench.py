@@ -167,7 +167,7 @@ def memory_gb_s(device: Any) -> float:
 def lines(plan: Plan, result: Result) -> list[str]:
     """The result for a person."""
     from ad_core.cli.explain import headline
-    from ad_core.config import megabytes
+    from ad_core.progress import megabytes
 
     band = result.bandwidth
     return [

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ad_core.cli import options
+from ad_core.cli.kinds import kinds, places
 from ad_core.progress import megabytes, memory_words
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
-    from ad_core.plan import Plan
+    from ad_core.plan import PassEntry, Plan
 
 
 def explain(
@@ -52,23 +53,38 @@ def explain(
 
 
 def print_plan(plan: Plan) -> None:
-    """The plan as tables on the terminal."""
+    """The plan on the terminal, at any width: names stay whole, and long lines go on under their own beginning."""
     from rich.console import Console
 
-    console = Console()
-    console.print(f"[bold]{headline(plan)}[/bold]")
-    for attempt in plan.attempts:
-        console.print(f"  {'captured' if attempt.accepted else 'refused '} by {attempt.way}: {attempt.reason}", highlight=False)
-    for table in (_claims(plan), _kernels(plan), _resources(plan), _passes(plan)):
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(headline(plan), style="bold")
+    _lines(console, [("captured" if a.accepted else "refused", f"by {a.way}: {a.reason}") for a in plan.attempts])
+    for kind in kinds(plan):
         console.print()
-        console.print(table)
+        console.print(f"{len(kind.claims)} x {kind.label}", style="bold")
+        losers = kind.decision.losers.items() if kind.decision else ()
+        _lines(
+            console,
+            [
+                ("where", places([claim.module or claim.node for claim in kind.claims])),
+                ("op", f"{kind.op}, by {kind.by}"),
+                ("kernel", kind.kernel),
+                *(("", f"not {name}: {reason}") for name, reason in losers),
+                *((("keeps" if not index else ""), line) for index, line in enumerate(kind.keeps)),
+            ],
+        )
+    kept = [(cache_bytes(plan, "pages"), "token"), (cache_bytes(plan, "slots"), "sequence")]
+    if words := " and ".join(f"{megabytes(size)} a {unit}" for size, unit in kept if size):
+        console.print(f"\nTogether they keep {words}.")
+    console.print()
+    console.print(_passes(plan))
+    if idle := idle_passes(plan):
+        _lines(console, [("idle", ", ".join(idle))])
     if plan.memory:
-        console.print(f"\nmemory: {', '.join(memory_words(plan.memory))}", highlight=False)
+        _lines(console, [("memory", ", ".join(memory_words(plan.memory)))])
     if plan.phases:
-        console.print(f"start: {', '.join(f'{name} {seconds:.1f} s' for name, seconds in plan.phases.items())}", highlight=False)
-    for note in plan.notes:
-        console.print(f"note: {note}", highlight=False, markup=False)
-    console.print(f"plan digest {plan.digest}", style="dim", highlight=False)
+        _lines(console, [("start", ", ".join(f"{name} {seconds:.1f} s" for name, seconds in plan.phases.items()))])
+    _lines(console, [*(("note", note) for note in plan.notes), ("digest", plan.digest)])
 
 
 def headline(plan: Plan) -> str:
@@ -80,63 +96,47 @@ def headline(plan: Plan) -> str:
     )
 
 
-def claim_rows(plan: Plan) -> list[tuple[str, str, str, str, int]]:
-    """(layers, class, op, by, count), like layers together."""
-    import re
-
-    groups: dict[tuple[str, str, str, str], list[str]] = {}
-    for claim in plan.claims:
-        key = (re.sub(r"\d+", "*", claim.module), claim.module_class.rpartition(".")[2], claim.op, claim.by)
-        groups.setdefault(key, []).append(claim.module)
-    return [(pattern, kind, op, by, len(members)) for (pattern, kind, op, by), members in groups.items()]
+def cache_bytes(plan: Plan, kind: str) -> int:
+    """What all mixers together keep a token ("pages") or a sequence ("slots")."""
+    return sum(entry.unit_bytes for entry in plan.resources if entry.kind == kind)
 
 
-def resource_rows(plan: Plan) -> list[tuple[str, str, str, int, str, int]]:
-    """(name, kind, shape and dtype, count, window, bytes of one unit over all), like resources together."""
-    counts: Counter[tuple[str, str, str, str, int]] = Counter()
-    for entry in plan.resources:
-        shape = f"[{', '.join(map(str, entry.shape))}] {entry.dtype}"
-        counts[entry.name, entry.kind, shape, "all" if entry.window is None else str(entry.window), entry.unit_bytes] += 1
-    return [(name, kind, shape, count, window, unit * count) for (name, kind, shape, window, unit), count in counts.items()]
+def pass_notes(entry: PassEntry) -> list[str]:
+    """What a pass has to say, the first of many."""
+    said = [*entry.notes[:2], *(f"declined: {reason}" for reason in entry.declined[:2])]
+    said += [f"and {len(entry.declined) - 2} more declined"] if len(entry.declined) > 2 else []
+    return said + ([f"guard: {entry.guard}"] if entry.guard not in ("", "off") else [])
 
 
-def _claims(plan: Plan) -> Table:
-    table = _table("captured", "layers", "class", "canonical op", "claimed by", "count")
-    for pattern, kind, op, by, count in claim_rows(plan):
-        table.add_row(pattern, kind, op, by, str(count))
-    return table
+def idle_passes(plan: Plan) -> list[str]:
+    """Names of passes that found nothing and have nothing to say."""
+    return [entry.name for entry in plan.passes if not entry.matched and not pass_notes(entry)]
 
 
-def _kernels(plan: Plan) -> Table:
-    table = _table("decisions", "for", "winner", "rule", "places", "why not the others")
-    for decision in plan.decisions:
-        losers = "\n".join(f"{name}: {reason}" for name, reason in decision.losers.items())
-        table.add_row(decision.subject, decision.winner, decision.rule, str(len(decision.members)), losers)
-    return table
+def _lines(console: Console, lines: list[tuple[str, str]]) -> None:
+    """A word and what it says, which wraps under itself."""
+    from rich.table import Table
 
-
-def _resources(plan: Plan) -> Table:
-    table = _table("kept between steps", "resource", "kind", "one entry", "count", "reads back", "bytes")
-    for name, kind, shape, count, window, size in resource_rows(plan):
-        table.add_row(name, kind, shape, str(count), window, f"{megabytes(size)} a {'token' if kind == 'pages' else 'sequence'}")
-    return table
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True, min_width=10)
+    grid.add_column(overflow="fold")
+    for word, text in lines:
+        grid.add_row(f"  {word}", text)
+    console.print(grid)
 
 
 def _passes(plan: Plan) -> Table:
-    table = _table("passes", "pass", "stage", "from", "matches", "ms", "notes")
-    for entry in plan.passes:
-        said = [*entry.notes[:2], *(f"declined: {reason}" for reason in entry.declined[:2])]
-        said += [f"and {len(entry.declined) - 2} more declined"] if len(entry.declined) > 2 else []
-        said += [f"guard: {entry.guard}"] if entry.guard not in ("", "off") else []
-        table.add_row(entry.name, entry.stage, entry.distribution, str(entry.matched), f"{entry.seconds * 1e3:.0f}", "\n".join(said))
-    return table
-
-
-def _table(title: str, *columns: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    table: Any = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
-        table.add_column(column, justify="right" if column in ("count", "places", "matches", "ms") else "left", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    for name, justify in (("pass", "left"), ("stage", "left"), ("matches", "right"), ("ms", "right")):
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("notes", overflow="fold")
+    idle = set(idle_passes(plan))
+    for entry in plan.passes:
+        if entry.name not in idle:
+            owner = [] if entry.distribution == "ad-core" else [f"of {entry.distribution}"]
+            notes = "\n".join([*owner, *pass_notes(entry)])
+            table.add_row(entry.name, entry.stage, str(entry.matched), f"{entry.seconds * 1e3:.0f}", notes)
     return table

@@ -1,150 +1,153 @@
-"""A plan as one HTML page: the model from the ids to the logits, drawn, with what stands behind each part."""
+"""A plan as one HTML page: the model drawn layer by layer, and what stands behind each part. No script, nothing to fetch."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ad_core.cli.explain import claim_rows, headline, resource_rows
-from ad_core.progress import megabytes, memory_words
+from ad_core.cli.explain import cache_bytes, idle_passes, pass_notes
+from ad_core.cli.kinds import Kind, kinds, layers, places
+from ad_core.progress import megabytes
 
 if TYPE_CHECKING:
-    from ad_core.plan import Claim, Plan
+    from ad_core.plan import Plan
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: light-dark(#1d2330, #e8eaf0); --soft: light-dark(#5c6577, #9aa3b5);
-  --line: light-dark(#d5dae3, #3a4152); --card: light-dark(#ffffff, #1e2330); --page: light-dark(#f4f6fa, #141823); }
+  --line: light-dark(#d9dee7, #3a4152); --card: light-dark(#ffffff, #1e2330); --page: light-dark(#f4f6fa, #141823); }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page); margin: 0 auto; padding: 2rem; max-width: 1080px; }
-h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.05rem; margin: 2.2rem 0 .6rem; } p { color: var(--soft); margin: .2rem 0; }
-table { border-collapse: collapse; width: 100%; background: var(--card); border-radius: 8px; overflow: hidden; }
-th, td { text-align: left; padding: .45rem .8rem; border-top: 1px solid var(--line); vertical-align: top; }
+h1 { font-size: 1.6rem; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 1.1rem; margin: 2.2rem 0 .7rem; }
+p { margin: .3rem 0; } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; } .soft { color: var(--soft); }
+.facts { display: flex; flex-wrap: wrap; gap: .6rem; margin: 1rem 0; }
+.facts div { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .4rem .9rem; }
+.facts b { display: block; font-size: 1.1rem; } .facts span { color: var(--soft); font-size: .82rem; }
+.yes::before { content: "\\2713\\00a0"; color: #2f9470; font-weight: 700; }
+.no::before { content: "\\2717\\00a0"; color: #c24a4a; font-weight: 700; }
+.flow { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.2rem; }
+.end { color: var(--soft); border: 1px solid var(--line); border-radius: 99px; padding: 2px .8rem; }
+.layers { display: flex; flex-wrap: wrap; align-items: flex-start; gap: 5px; margin-bottom: .8rem; }
+.layer { width: 26px; display: flex; flex-direction: column; gap: 2px; }
+.layer i { height: 30px; border-radius: 4px; background: var(--hue); }
+.layer small { text-align: center; color: var(--soft); font-size: .68rem; }
+.kinds { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: .8rem; }
+.kind { background: var(--card); border: 1px solid var(--line); border-left: 8px solid var(--hue); border-radius: 8px;
+  padding: .7rem 1rem; }
+.kind b { font-size: 1.05rem; } .kind b span { float: right; color: var(--soft); }
+dl { display: grid; grid-template-columns: 4.2rem 1fr; gap: .15rem .6rem; margin: .5rem 0 0; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; } dd.not { color: var(--soft); font-size: .88rem; }
+table { border-collapse: collapse; width: 100%; background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+th, td { text-align: left; padding: .35rem .8rem; border-top: 1px solid var(--line); vertical-align: top; white-space: nowrap; }
 th { font-weight: 600; color: var(--soft); font-size: .85rem; border-top: 0; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
-code { font: 13px ui-monospace, monospace; } .flow { display: flex; flex-direction: column; align-items: center; gap: 0; }
-.end { border: 1px solid var(--line); border-radius: 99px; padding: .3rem 1.2rem; background: var(--card); color: var(--soft); }
-.pipe { width: 2px; height: 18px; background: var(--line); }
-.block { position: relative; background: var(--card); border: 1px solid var(--line); border-left: 6px solid var(--hue); border-radius: 8px;
-  padding: .7rem 1rem; width: min(640px, 90%); box-shadow: 0 1px 2px rgb(0 0 0 / 8%); }
-.block b { font-size: 1rem; } .block .times { position: absolute; right: 1rem; top: .7rem; color: var(--soft); }
-.tag { display: inline-block; border-radius: 6px; padding: 0 .5rem; margin: .25rem .35rem 0 0; font-size: .82rem;
-  background: color-mix(in srgb, var(--hue) 18%, transparent); }
-.bar { display: flex; height: 26px; border-radius: 6px; overflow: hidden; background: var(--line); }
-.bar span { display: block; overflow: hidden; white-space: nowrap; font-size: .78rem;
-  line-height: 26px; padding-left: .4rem; color: #fff; }
+.n { text-align: right; font-variant-numeric: tabular-nums; } .w { width: 100%; white-space: normal; }
+.bar { display: flex; height: 22px; border-radius: 6px; overflow: hidden; background: var(--line); } .bar span { background: var(--hue); }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1.3rem; margin-top: .5rem; } .keys span::before { content: ""; display: inline-block;
+  width: .7em; height: .7em; border-radius: 3px; background: var(--hue); margin-right: .4em; }
 """
-_HUES = ("#3b6fd4", "#c2663a", "#2f9470", "#8a56c2", "#b8962e", "#c24a72")
+_HUES = ("#3b6fd4", "#c2663a", "#2f9470", "#8a56c2", "#b8962e", "#c24a72", "#3a9fb0", "#7a8a3a", "#6b7689", "#a8583a")
 
 
 def picture(plan: Plan) -> str:
-    """The page, with no script and nothing to fetch."""
+    """The page."""
+    found = kinds(plan)
     title = escape(str(plan.model["name"]))
     parts = [
-        f"<h1>{title}</h1><p>{escape(headline(plan))}</p>",
-        *(f"<p>{'captured' if a.accepted else 'refused'} by {escape(a.way)}: {escape(a.reason)}</p>" for a in plan.attempts),
-        "<h2>From ids to logits</h2>",
-        _flow(plan),
-        "<h2>Who claims what</h2>",
-        _table(("layers", "class", "canonical op", "claimed by", "count"), claim_rows(plan)),
-        "<h2>Kernels, and why</h2>",
-        _table(
-            ("for", "winner", "rule", "places", "why not the others"),
-            [
-                (
-                    d.subject,
-                    d.winner,
-                    d.rule,
-                    len(d.members),
-                    "; ".join(f"{name}: {reason}" for name, reason in d.losers.items()) or "no others",
-                )
-                for d in plan.decisions
-            ],
+        f"<h1>{title}</h1>",
+        _facts(plan),
+        *(
+            f'<p class="{"yes" if attempt.accepted else "no"}">{"captured" if attempt.accepted else "refused"} by '
+            f"{escape(attempt.way)}: {escape(attempt.reason)}</p>"
+            for attempt in plan.attempts
         ),
-        "<h2>Kept between steps</h2>",
-        _table(
-            ("resource", "kind", "one entry", "count", "reads back", "bytes"),
-            [(*row[:-1], f"{megabytes(row[-1])} a {'token' if row[1] == 'pages' else 'sequence'}") for row in resource_rows(plan)],
-        ),
+        "<h2>From token ids to logits</h2>",
+        _flow(plan, found),
+        "<h2>What mixes tokens, and what computes it</h2>",
+        f'<div class="kinds">{"".join(_card(kind, _hue(index)) for index, kind in enumerate(found))}</div>',
+        _shares("Memory", plan.memory, {name: megabytes(value) for name, value in plan.memory.items()}, ("total", "cache tokens")),
+        _shares("Start", plan.phases, {name: f"{seconds:.1f} s" for name, seconds in plan.phases.items()}, ()),
         "<h2>Passes</h2>",
-        _table(
-            ("pass", "stage", "from", "matches", "ms", "notes"),
-            [(p.name, p.stage, p.distribution, p.matched, round(p.seconds * 1e3), "; ".join((*p.notes, *p.declined))) for p in plan.passes],
-        ),
-        _proportions("Memory", {n: v for n, v in plan.memory.items() if n not in ("total", "cache tokens")}, memory_words(plan.memory)),
-        _proportions("Start", plan.phases, [f"{name} {seconds:.1f} s" for name, seconds in plan.phases.items()]),
-        *(f"<p>note: {escape(note)}</p>" for note in plan.notes),
-        f"<p>plan digest <code>{plan.digest}</code></p>",
+        _passes(plan),
+        *(f'<p class="soft">note: {escape(note)}</p>' for note in plan.notes),
+        f'<p class="soft">plan digest <code>{plan.digest}</code></p>',
     ]
-    head = f'<html lang="en"><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style>'
-    return f"<!doctype html>{head}<body>{''.join(parts)}</body></html>\n"
+    page = f'<meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style><body>{"".join(parts)}</body>'
+    return f'<!doctype html><html lang="en">{page}</html>\n'
 
 
-def _flow(plan: Plan) -> str:
-    """Runs of like layers as one block each, in the order of the graph."""
-    runs: list[tuple[str, list[Claim]]] = []
-    for claim in plan.claims:
-        pattern = f"{re.sub(r'[0-9]+', '*', claim.module)} {claim.op} {_kept(plan, claim)}"
-        if not runs or runs[-1][0] != pattern:
-            runs.append((pattern, []))
-        runs[-1][1].append(claim)
-    runs = _cycles(runs)
-    ops = list(dict.fromkeys(claim.op for claim in plan.claims))
-    pieces = ['<div class="end">token ids</div><div class="pipe"></div><div class="end">embedding</div>']
-    for _, claims in runs:
-        first, last = claims[0], claims[-1]
-        hue = _HUES[ops.index(first.op) % len(_HUES)]
-        kernel = next(
-            (d.winner for d in plan.decisions if d.subject == first.op and (first.module in d.members or first.node in d.members)),
-            "computes itself",
-        )
-        place = first.module if first is last else f"{first.module} … {last.module}"
-        times = f'<span class="times">&times; {len(claims)}</span>' if len(claims) > 1 else ""
-        tags = [first.op, f"kernel {kernel}", f"by {first.by}", *filter(None, [_kept(plan, first)])]
-        shown = "".join(f'<span class="tag">{escape(tag)}</span>' for tag in tags)
-        kind = escape(first.module_class.rpartition(".")[2] or first.op)
-        pieces.append(
-            f'<div class="pipe"></div><div class="block" style="--hue:{hue}">{times}<b>{kind}</b><br><code>{escape(place)}</code><br>{shown}</div>'
-        )
-    pieces.append('<div class="pipe"></div><div class="end">logits of the wanted rows</div>')
-    return f'<div class="flow">{"".join(pieces)}</div>'
+def _facts(plan: Plan) -> str:
+    model = plan.model
+    facts = {
+        "architecture": str(model["architecture"]),
+        "parameters": f"{model['parameters'] / 1e6:,.0f} M",
+        "of weights": f"{megabytes(model['weight_bytes'])} {model['dtype']}",
+        "tokens at most": f"{model['max_model_len'] or 0:,}",
+        "kept a token": megabytes(cache_bytes(plan, "pages")),
+        "kept a sequence": megabytes(cache_bytes(plan, "slots")),
+        "tokens fit in the cache": f"{plan.memory.get('cache tokens', 0):,}",
+    }
+    shown = (f"<div><b>{escape(value)}</b><span>{name}</span></div>" for name, value in facts.items() if value not in ("0", "0 B"))
+    return f'<div class="facts">{"".join(shown)}</div>'
 
 
-def _cycles(runs: list[tuple[str, list[Claim]]]) -> list[tuple[str, list[Claim]]]:
-    """A pattern of a few runs that repeats (window, window, full, ...) is drawn once, with its number of layers."""
-    for period in range(2, 9):
-        if len(runs) >= 2 * period and all(runs[i][0] == runs[i % period][0] for i in range(len(runs))):
-            return [(runs[i][0], [claim for run in runs[i::period] for claim in run[1]]) for i in range(period)]
-    return runs
+def _flow(plan: Plan, found: Sequence[Kind]) -> str:
+    """A column a layer, a cell a mixer, coloured by kind."""
+    columns = []
+    for number, members in layers(plan, found):
+        cells = "".join(f'<i style="--hue:{_hue(index)}" title="{escape(found[index].label)}"></i>' for index in members)
+        columns.append(f'<div class="layer">{cells}<small>{number}</small></div>')
+    keys = (
+        f'<span style="--hue:{_hue(index)}">{len(kind.claims)} &times; {escape(kind.label)}'
+        f"{'' if kind.window is None else f', window {kind.window}'}</span>"
+        for index, kind in enumerate(found)
+    )
+    return (
+        f'<div class="flow"><div class="layers"><span class="end">token ids &rarr;</span>{"".join(columns)}'
+        f'<span class="end">&rarr; logits</span></div><div class="keys">{"".join(keys)}</div></div>'
+    )
 
 
-def _kept(plan: Plan, claim: Claim) -> str:
-    """What the claim keeps between steps, in a few words."""
-    own = [entry for entry in plan.resources if entry.node == claim.node]
-    if not own:
-        return next((f"shares the memory of {entry.node}" for entry in plan.resources if claim.node in entry.shared_by), "")
-    unit = "token" if own[0].kind == "pages" else "sequence"
-    window = f", window {own[0].window}" if own[0].window is not None else ""
-    return f"{megabytes(sum(entry.unit_bytes for entry in own))} a {unit}{window}"
+def _card(kind: Kind, hue: str) -> str:
+    losers = kind.decision.losers if kind.decision else {}
+    rows = [
+        ("where", f"<code>{escape(places([claim.module or claim.node for claim in kind.claims]))}</code>"),
+        ("op", f"<code>{escape(kind.op)}</code> <span class=soft>by {escape(kind.by)}</span>"),
+        ("kernel", f"<code>{escape(kind.kernel)}</code>"),
+    ]
+    listed = "".join(f"<dt>{word}</dt><dd>{text}</dd>" for word, text in rows)
+    listed += "".join(f"<dt></dt><dd class=not>not {escape(name)}: {escape(reason)}</dd>" for name, reason in losers.items())
+    listed += "".join(f"<dt>{'' if index else 'keeps'}</dt><dd>{escape(line)}</dd>" for index, line in enumerate(kind.keeps))
+    count = f"<span>&times; {len(kind.claims)}</span>"
+    return f'<div class="kind" style="--hue:{hue}"><b>{escape(kind.label)}{count}</b><dl>{listed}</dl></div>'
 
 
-def _proportions(title: str, values: dict[str, int] | dict[str, float], words: list[str]) -> str:
-    total = sum(values.values())
-    if not total:
+def _shares(title: str, values: Mapping[str, float], words: Mapping[str, str], sums: Sequence[str]) -> str:
+    """Parts of a whole as one bar, each with its colour and its words; `sums` are no parts."""
+    parts = [name for name in values if name not in sums]
+    whole = sum(values[name] for name in parts)
+    if not whole:
         return ""
-    spans = "".join(
-        f'<span style="width:{100 * value / total:.2f}%;background:{_HUES[index % len(_HUES)]}" title="{escape(name)}">'
-        f"{escape(name)}</span>"
-        for index, (name, value) in enumerate(values.items())
-        if value / total > 0.004
+    bar = "".join(
+        f'<span style="width:{100 * values[name] / whole:.2f}%;--hue:{_hue(index)}" title="{escape(name)}"></span>'
+        for index, name in enumerate(parts)
     )
-    return f'<h2>{title}</h2><div class="bar">{spans}</div><p>{escape(", ".join(words))}</p>'
+    keys = "".join(f'<span style="--hue:{_hue(index)}">{escape(name)} {escape(words[name])}</span>' for index, name in enumerate(parts))
+    total = f' <span class="soft">{escape(words["total"])}</span>' if "total" in words else ""
+    return f'<h2>{title}{total}</h2><div class="bar">{bar}</div><div class="keys">{keys}</div>'
 
 
-def _table(columns: tuple[str, ...], rows: Sequence[tuple[object, ...]]) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
-    body = "".join(
-        f"<tr>{''.join(f'<td class=n>{cell}</td>' if isinstance(cell, int) else f'<td>{escape(str(cell))}</td>' for cell in row)}</tr>"
-        for row in rows
+def _passes(plan: Plan) -> str:
+    idle = set(idle_passes(plan))
+    rows = "".join(
+        f"<tr><td><code>{escape(entry.name)}</code></td><td>{entry.stage}</td><td>{escape(entry.distribution)}</td>"
+        f'<td class="n">{entry.matched}</td><td class="n">{entry.seconds * 1e3:,.0f}</td>'
+        f'<td class="w">{escape("; ".join(pass_notes(entry)))}</td></tr>'
+        for entry in plan.passes
+        if entry.name not in idle
     )
-    return f"<table><tr>{head}</tr>{body}</table>"
+    head = '<tr><th>pass</th><th>stage</th><th>from</th><th class="n">matches</th><th class="n">ms</th><th class="w">notes</th></tr>'
+    rest = f'<p class="soft">Nothing to do for {escape(", ".join(sorted(idle)))}.</p>' if idle else ""
+    return f"<table>{head}{rows}</table>{rest}"
+
+
+def _hue(index: int) -> str:
+    return _HUES[index % len(_HUES)]
