@@ -70,7 +70,7 @@ def test_the_way_is_chosen_by_size_dtype_and_modifiers():
     assert mode(10**7, dtype=torch.float16) == FUSED
     assert mode(1000, viewed=True, dtype=torch.bfloat16) == FUSED
     assert mode(10**7, viewed=True, dtype=torch.bfloat16) == EXACT
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if torch_plan._bfloat16_products_are_fast():
         assert mode(10**7, dtype=torch.bfloat16) == SPLIT
 
 

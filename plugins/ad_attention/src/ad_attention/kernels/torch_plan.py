@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +97,14 @@ class Shape:
         fused = self.fusable and self.query_heads > self.heads
         if viewed:
             return FUSED if fused and elements < SMALL_VIEW else EXACT
-        if elements >= SMALL_ELEMENTS and self.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if elements >= SMALL_ELEMENTS and self.dtype == torch.bfloat16 and _bfloat16_products_are_fast():
             return SPLIT
         return FUSED if fused else EXACT
+
+
+@cache
+def _bfloat16_products_are_fast() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def plan_buffers(heads: int, limits: Limits) -> dict[str, BufferSpec]:
