@@ -10,16 +10,11 @@ from ad_core.runtime.noise import gumbel
 NARROW = 256
 """Candidates that are looked at first on a CPU, where sorting a whole vocabulary takes as long as a layer."""
 
-IN_CACHE = 1 << 16
-
 
 def draw(logits: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """A sample of every row's softmax: ids [R] of float32 `logits` [R, V], with the noise of `keys` [R, 2]."""
     every_id = torch.arange(logits.shape[1], device=logits.device)
-    # On a CPU a few rows at a time: their temporaries fit its caches, a batch's cost more in page faults than in work.
-    size = max(1, IN_CACHE // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
-    parts = zip(logits.split(size), keys.split(size), strict=True)
-    return torch.cat([argmax(gumbel(part_keys, every_id).add_(part)) for part, part_keys in parts])
+    return argmax(gumbel(keys, every_id).add_(logits))
 
 
 def draw_filtered(
@@ -33,7 +28,7 @@ def draw_filtered(
     """
     if logits.device.type != "cpu" or narrow >= logits.shape[1]:
         return _draw_sorted(logits, keys, top_k, top_p, min_p)
-    total = logits.logsumexp(1)
+    total = log_total(logits)
     values, ids = logits.topk(narrow, dim=1)  # [R, W], descending
     cut, settled = cutoff(values, total, top_k, top_p, min_p)
     kept = values >= cut[:, None]
@@ -58,7 +53,7 @@ def cutoff(
     kth = values.gather(1, top_k.clamp(1, W)[:, None] - 1)
     kth = kth.masked_fill(~limited[:, None], -torch.inf)
     among = values.masked_fill(values < kth, -torch.inf)
-    total = torch.where(limited, among.logsumexp(1), total)
+    total = torch.where(limited, log_total(among), total)
     probabilities = (among - total[:, None]).exp_()
     summed = probabilities.cumsum(1)
     whole = (top_p >= 1.0)[:, None]
@@ -68,6 +63,11 @@ def cutoff(
     # With top-k all that tie with the kth must be among the values, for they count towards top-p.
     enough = torch.where(limited, (top_k < W) & (values[:, -1] < kth[:, 0]), whole[:, 0] | (summed[:, -1] >= top_p))
     return cut, enough & (values[:, -1] < cut)
+
+
+def log_total(logits: torch.Tensor) -> torch.Tensor:
+    """`logits.logsumexp(1)` [R], by way of softmax, whose CPU kernel is ten times as fast."""
+    return logits.amax(1) - logits.softmax(1).amax(1).log()
 
 
 def argmax(logits: torch.Tensor) -> torch.Tensor:
@@ -80,7 +80,7 @@ def argmax(logits: torch.Tensor) -> torch.Tensor:
 
 def _draw_sorted(logits: torch.Tensor, keys: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
     values = _descending(logits)
-    cut, _ = cutoff(values, values.logsumexp(1), top_k, top_p, min_p)
+    cut, _ = cutoff(values, log_total(values), top_k, top_p, min_p)
     return draw(logits.masked_fill(logits < cut[:, None], -torch.inf), keys)
 
 
