@@ -11,7 +11,6 @@ from ad_core.passes.functional import MakeFunctional
 from ad_core.passes.output_rows import GatherOutputRows
 from ad_core.passes.positions import OwnPositions
 from ad_core.passes.prepack import PrepackLinears
-from ad_core.passes.prepack import PrepackLinears
 from ad_core.passes.transposes import CancelTransposes
 
 
@@ -26,5 +25,5 @@ def engine_passes() -> list[Pass]:
 
 
 def compile_passes(backend: str = "eager") -> list[Pass]:
-    """What makes the last graph faster, for a compile backend: others than eager lay weights out themselves, and cannot read packed ones."""
+    """What makes the last graph faster. Backends other than eager lay weights out themselves, and cannot read packed ones."""
     return [PrepackLinears()] if backend == "eager" else []
