@@ -66,6 +66,7 @@ class PassManager:
                     before, verdict = self._guard.compare(
                         before, graph, name=offer.name, distribution=offer.distribution, safety=offer.offered.safety
                     )
+                    self._say_inert(offer, verdict)
                 self._record(offer, report, verdict)
             if self._verify:
                 verify_graph(graph, stage)
@@ -98,6 +99,12 @@ class PassManager:
             graph.recompile()
         report.seconds = time.perf_counter() - start
         return report
+
+    def _say_inert(self, offer: PassOffer, verdict: str) -> None:
+        """Once for each reason, where a reader of the plan looks for what did not work."""
+        note = f"numeric guard {verdict}"
+        if verdict.startswith("inert") and not any(each.startswith(note) for each in self._plan.notes):
+            self._plan.notes.append(f"{note} (first at the pass {offer.name})")
 
     def _record(self, offer: PassOffer, report: PassReport, guard: str) -> None:
         self._plan.passes.append(

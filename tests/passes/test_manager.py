@@ -186,9 +186,12 @@ def test_a_pass_that_loads_weights_makes_the_guard_inert() -> None:
 
 
 def test_above_the_size_limit_the_guard_says_that_it_is_inert(graph: GraphModule) -> None:
-    (entry,) = managed(graph, Toy("bad", Stage.FUSE, scaled(2)), size_limit=1000)
-    assert entry.guard.startswith("inert: the weights take")
-    assert "above the limit" in entry.guard
+    plan = Plan()
+    passes = [Toy("bad", Stage.FUSE, scaled(2)), Toy("worse", Stage.FUSE, scaled(3))]
+    PassManager([(each, "ad-toy", {}) for each in passes], plan, verify=True, size_limit=1000).run(graph, Stage.FUSE, device=CPU)
+    assert all(entry.guard.startswith("inert: the weights take 0 MiB, above the limit") for entry in plan.passes)
+    assert len(plan.notes) == 1
+    assert plan.notes[0].startswith("numeric guard inert: the weights take")
 
 
 def test_inputs_of_the_engine_make_the_guard_inert(graph: GraphModule) -> None:
