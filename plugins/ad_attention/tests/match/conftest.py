@@ -108,10 +108,10 @@ class Matched:
 
 
 def match(graph: GraphModule) -> Matched:
-    """Writes every proposal of the plugin's matchers into the graph."""
+    """Writes every proposal of the plugin's matchers into the graph, the last first: the core promises no order."""
     matched = Matched(graph)
     for matcher in MATCHERS:
-        for offer in list(matcher.find(graph)):
+        for offer in reversed(list(matcher.find(graph))):
             if isinstance(offer, Declined):
                 matched.declined.append(offer.reason)
                 continue

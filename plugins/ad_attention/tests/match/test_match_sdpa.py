@@ -147,6 +147,23 @@ def test_a_mask_in_a_buffer_is_looked_at_to_its_end(driver):
     check(driver, attend, buffers={"mask": (j <= i) & (j > i - 250)}, window=250)
 
 
+def test_a_plain_causal_buffer_of_many_positions_is_cheap(driver):
+    def attend(self, q, k, v, ids, position_ids):
+        length = q.shape[2]
+        mask = torch.zeros(length, length).masked_fill(self.mask[:length, :length] == 0, -10000)
+        return sdpa(q, repeated(k, 2), repeated(v, 2), attn_mask=mask)
+
+    check(driver, attend, buffers={"mask": torch.ones(4096, 4096, dtype=torch.uint8).tril()})
+
+
+def test_a_window_compared_as_a_float_is_found(driver):
+    def attend(self, q, k, v, ids, position_ids):
+        i, j = positions(q.shape[2])
+        return sdpa(q, repeated(k, 2), repeated(v, 2), attn_mask=(j <= i) & ((i - j).float() < 2000.0))
+
+    check(driver, attend, window=2000)
+
+
 def test_alibi_slopes_become_a_constant(driver):
     matched = check(driver, alibi)
     slopes = matched.calls[0].kwargs["alibi_slopes"]
@@ -157,6 +174,7 @@ def test_alibi_slopes_become_a_constant(driver):
 
 def test_layers_that_share_a_key_and_a_value_share_their_nodes(driver):
     def attend(self, q, k, v, ids, position_ids):
+        k, v = torch.tanh(k), torch.tanh(v)  # no views of [B, S, G, D]: each needs a new node
         first = sdpa(q, k, v, is_causal=True, enable_gqa=True)
         return sdpa(first + q, k.contiguous(), v.contiguous(), is_causal=True, enable_gqa=True)
 

@@ -197,6 +197,7 @@ SLOW = {
     "roformer": 3,
     "trocr": 3,
     "xglm": 3,
+    "xlm": 4,
 }
 
 

@@ -17,10 +17,10 @@ aten = torch.ops.aten
 def constant(graph: GraphModule, like: Node, name: str, value: torch.Tensor) -> Node:
     """A get_attr of a new non-persistent buffer, which no checkpoint knows, just before `like` and on its device."""
     unique = free_name(graph, f"_ad_{name}")
-    graph.register_buffer(unique, value, persistent=False)
+    fake = like.meta["val"]
+    graph.register_buffer(unique, value if fake.device.type == "meta" else value.to(fake.device), persistent=False)
     with graph.graph.inserting_before(like):
         node = graph.graph.get_attr(unique)
-    fake = like.meta["val"]
     with fake.fake_mode:
         node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=fake.device)
     return node

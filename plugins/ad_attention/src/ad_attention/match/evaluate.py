@@ -6,6 +6,7 @@ hidden states or weights raises `Unknown`, which says what it touches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -172,8 +173,8 @@ class Evaluation:
             raise TooLong(f"{node.name} cannot be computed for {self.length} tokens: {error}") from error
 
     def _number(self, argument: Any) -> Any:
-        if isinstance(argument, int) and not isinstance(argument, bool) and abs(argument) in self._integers:
-            return self._integers[abs(argument)] * (1 if argument > 0 else -1)
+        if isinstance(argument, (int, float)) and not isinstance(argument, bool) and abs(argument) in self._integers:
+            return type(argument)(math.copysign(self._integers[int(abs(argument))], argument))
         return self._sizes.number(argument, self.batch, self.length)
 
     def _empty(self, node: Node) -> torch.Tensor:

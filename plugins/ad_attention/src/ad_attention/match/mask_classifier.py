@@ -1,8 +1,8 @@
 """What an additive mask means: causal, a window or a chunk, ALiBi slopes - found by evaluating it and comparing with templates.
 
-The evidence must cover what could change with the length. So a mask is evaluated beyond every small integer constant in its subgraph and up
-to the size of every square buffer in it; and an integer too large for that (a window of 4096) is replaced by small ones, and the
-mask must follow it.
+The evidence must cover what could change with the length. So a mask is evaluated beyond every small constant that its subgraph compares or
+computes with; one too large for that (a window of 4096) is replaced by small ones, and the mask must follow it. A square buffer
+is read itself: the constant that it was made with counts as one of the subgraph's, and one that cannot be read is evaluated to its end.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from ad_attention.match.evaluate import Evaluation, Sizes, TooLong, Unknown, attribute, dtype_of
+
+aten = torch.ops.aten
 
 LARGEST_INTEGER = 192
 """Integer constants up to this one are covered by evaluating at longer lengths, larger ones by replacing them."""
@@ -67,16 +69,16 @@ class Classifier:
         if not self.sizes.dynamic:
             raise Unknown("the graph was exported for one length, so what its mask does at another cannot be seen")
         nodes = list(nodes)
-        integers, buffers = self._constants(nodes)
         eps = max([1e-7, *(torch.finfo(dtype).eps for dtype in map(dtype_of, nodes) if dtype is not None and dtype.is_floating_point)])
+        integers, buffers = _integers(nodes, self.graph), _buffers(nodes, self.graph)
         small = [integer for integer in integers if integer <= LARGEST_INTEGER]
-        lengths = {7, 40, 2 * max(small, default=1) + 3}
+        lengths = {7, 40, 2 * max(small, default=1) + 3, *(2 * bound + 3 for bound in buffers.values())}
         if buffers:  # the model goes no farther than its buffers do
-            lengths = {length for length in lengths if length < min(buffers)} | {min(buffers)}
+            lengths = {min(length, *buffers) for length in lengths}
         longest, matrix = self._longest(additive, lengths | {integer for integer in small if 7 < integer < max(lengths)})
         kind = read_mask(matrix, eps)
         for length in sorted(length for length in lengths if length < longest):
-            _check(_matrix(additive, self.evaluation(2, length)), kind, eps)
+            _check(_matrix(additive, self.evaluation(2 if length <= 40 else 1, length)), kind, eps)
         for integer in integers:
             if integer > LARGEST_INTEGER:
                 kind = self._follow(additive, integer, kind, min(longest, 48), eps)
@@ -87,36 +89,11 @@ class Classifier:
         *shorter, longest = sorted(lengths)
         while True:
             try:
-                return longest, _matrix(additive, self.evaluation(2 if longest < 1000 else 1, longest))
+                return longest, _matrix(additive, self.evaluation(2 if longest <= 40 else 1, longest))
             except TooLong:
                 if not shorter:
                     raise
                 longest = shorter.pop()
-
-    def _constants(self, nodes: Iterable[Node]) -> tuple[list[int], list[int]]:
-        """Integers that the nodes compute with, and sizes of square buffers."""
-        integers: set[int] = set()
-        buffers: set[int] = set()
-
-        def visit(value: Any) -> Any:
-            if isinstance(value, int) and not isinstance(value, bool) and 1 < abs(value) < 2**31 - 1:
-                integers.add(abs(value))
-            return value
-
-        for node in nodes:
-            if node.op == "call_function":
-                map_aggregate((node.args, node.kwargs), visit)
-            elif node.op == "get_attr":
-                value = attribute(self.graph, node)
-                if isinstance(value, torch.Tensor) and not isinstance(value, torch.nn.Parameter) and not value.is_meta:
-                    if value.dim() == 0 and not value.is_floating_point():
-                        visit(int(value))
-                    elif value.dim() > 1 and value.shape[-1] == value.shape[-2] > 1:
-                        buffers.add(value.shape[-1])
-        too_large = [size for size in buffers if size > LARGEST_BUFFER]
-        if too_large:
-            raise Unknown(f"its mask is a buffer of {max(too_large)} positions, more than are looked at ({LARGEST_BUFFER})")
-        return sorted(integers), sorted(buffers)
 
     def _follow(self, additive: Additive, integer: int, kind: MaskKind, length: int, eps: float) -> MaskKind:
         """What a large integer of the mask means: it is replaced by small ones, and the mask must change with it, or not at all."""
@@ -135,6 +112,74 @@ class Classifier:
         if all(found.chunk == small for small, found in seen) and kind.chunk is None:
             return MaskKind(kind.window, integer, kind.slopes)
         raise Unknown(f"its mask depends on the constant {integer} in a way that is neither a window nor a chunk")
+
+
+FILLED = {
+    aten.masked_fill.Scalar: 2,
+    aten.masked_fill_.Scalar: 2,
+    aten.where.ScalarOther: 2,
+    aten.where.ScalarSelf: 1,
+    aten.full.default: 1,
+    aten.full_like.default: 1,
+    aten.new_full.default: 2,
+    aten.fill_.Scalar: 1,
+    aten.fill.Scalar: 1,
+    aten.mul.Tensor: 1,
+    aten.mul.Scalar: 1,
+}
+"""Where ops take a number that becomes a score: it bounds no position."""
+
+COMPARED = frozenset(getattr(aten, name).Scalar for name in ("lt", "le", "gt", "ge", "eq", "ne"))
+
+
+def _integers(nodes: Iterable[Node], graph: GraphModule) -> list[int]:
+    """The constants that the nodes compute positions with, without their signs."""
+    found: set[int] = set()
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, int) and not isinstance(value, bool) and 1 < abs(value) < 2**31 - 1:
+            found.add(abs(value))
+        return value
+
+    for node in nodes:
+        if node.op == "call_function":
+            filled = FILLED.get(node.target)  # type: ignore[call-overload]
+            map_aggregate(([argument for at, argument in enumerate(node.args) if at != filled], node.kwargs), visit)
+            if node.target in COMPARED and isinstance(node.args[1], float) and node.args[1].is_integer():
+                visit(int(node.args[1]))
+        elif node.op == "get_attr":
+            value = attribute(graph, node)
+            if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_floating_point() and not value.is_meta:
+                visit(int(value))
+    return sorted(found)
+
+
+def _buffers(nodes: Iterable[Node], graph: GraphModule) -> dict[int, int]:
+    """Sizes of the square buffers among the nodes, with the window or chunk that they hold: 1 for plain causal ones, their size for
+    those that cannot be read."""
+    found: dict[int, int] = {}
+    for node in nodes:
+        value = attribute(graph, node) if node.op == "get_attr" else None
+        if not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter) or value.is_meta:
+            continue
+        if value.dim() < 2 or value.shape[-1] != value.shape[-2] or value.shape[-1] == 1:
+            continue
+        size = value.shape[-1]
+        if size > LARGEST_BUFFER:
+            raise Unknown(f"its mask is a buffer of {size} positions, more than are looked at ({LARGEST_BUFFER})")
+        found[size] = max(found.get(size, 1), _bound(value.cpu()))
+    return found
+
+
+def _bound(buffer: torch.Tensor) -> int:
+    matrix = buffer.reshape(-1, *buffer.shape[-2:])
+    for seen in (matrix != 0, matrix == 0, matrix > MASKED):
+        try:
+            kind = read_mask(torch.zeros(seen.shape).masked_fill(~seen, float("-inf")), 0.0)
+        except Unknown:
+            continue
+        return kind.window or kind.chunk or 1
+    return matrix.shape[-1]
 
 
 def _matrix(additive: Additive, evaluation: Evaluation) -> torch.Tensor:
