@@ -16,6 +16,7 @@ from ad_core.runtime.engine import Engine, EngineStats
 from ad_core.runtime.loop import EngineLoop
 from ad_core.runtime.outputs import CompletionOutput, RequestOutput
 from ad_core.runtime.params import SamplingParams
+from ad_core.runtime.threads import in_own_thread
 from ad_core.runtime.worker import Sink
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class LLM:
             config = None
         self.config = load_config(config, given)
         self._progress = progress if not isinstance(progress, bool) else Bars() if progress else Silent()
-        built = build(model, self.config, tokenizer=tokenizer, progress=self._progress)
+        built = in_own_thread(lambda: build(model, self.config, tokenizer=tokenizer, progress=self._progress), "ad-start")
         self.plan: Plan = built.plan
         """What was captured, which kernels run and why, memory and seconds of the start."""
         self._source = built.source
