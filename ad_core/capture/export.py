@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 from ad_core.capture.fakes import fake_weights
 from ad_core.capture.flatten import Origin, flatten
 from ad_core.capture.forward import ForwardForm, LogitsOnly, forward_form
+from ad_core.capture.regions import inline_regions
 from ad_core.capture.rehearse import Rehearsal, block_calls
 from ad_core.capture.repeats import RepeatError, RepeatPlan, RepeatTracer
-from ad_core.capture.scope import inference_form
+from ad_core.capture.scope import inference_form, untouched
 
 _SHAPE = (2, 12)
 """What is traced: a batch and a length that differ from each other, from 1 and from most sizes of a model."""
@@ -91,13 +92,12 @@ def _rehearsed(
     rehearsal = Rehearsal(module)
     before = entries.counts.copy()
     try:
-        with mode, rehearsal, _as_in_export(), block_calls(module, rehearsal.run_block):
+        with untouched(module), mode, rehearsal, _as_in_export(), block_calls(module, rehearsal.run_block):
             LogitsOnly(module, form)(*inputs)
     except Exception as error:  # whatever the author's code raises: the export will say it better, or do without
         entries.counts = before
-        return RepeatPlan(
-            []
-        ), f"layers were traced one by one: the rehearsal raised {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        said = str(error).strip().splitlines()
+        return RepeatPlan([]), f"layers were traced one by one: the rehearsal raised {type(error).__name__}: {said[0] if said else ''}"
     entries.executed = rehearsal.executed
     return RepeatPlan.of(rehearsal.calls), ""
 
@@ -116,13 +116,17 @@ def _export(
     with block_calls(module, RepeatTracer(plan).run) if plan.models else nullcontext(), warnings.catch_warnings():
         # what the forward leaves in attributes is put back
         warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
-        program = torch.export.export(
-            _Traced(module, form),
-            inputs,
-            dynamic_shapes=({0: batch, 1: length},) * len(inputs),
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,
-        )
+        try:
+            program = torch.export.export(
+                _Traced(module, form),
+                inputs,
+                dynamic_shapes=({0: batch, 1: length},) * len(inputs),
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,
+            )
+        except _RaisedError as raised:
+            raise raised.error from None
+    inline_regions(program.graph_module)
     return flatten(program, origin, names, plan)
 
 
@@ -130,8 +134,25 @@ class _Traced(LogitsOnly):
     """What is exported."""
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        with _WithoutGradRegions():
-            return super().forward(input_ids, position_ids)
+        try:
+            with _WithoutGradRegions():
+                return super().forward(input_ids, position_ids)
+        except Exception as error:
+            raise _RaisedError(error) from error
+
+
+class _RaisedError(Exception):
+    """Carries what a forward raised past torch.export, which hangs the graph so far on every error and prints all of it."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        object.__setattr__(self, "error", error)
+
+    error: Exception
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "partial_fx_graph":
+            super().__setattr__(name, value)
 
 
 class _WithoutGradRegions(TorchFunctionMode):

@@ -45,12 +45,12 @@ class Origin:
 
 
 def flatten(program: ExportedProgram, origin: Origin, inputs: list[str], plan: RepeatPlan) -> GraphModule:
-    """The program as one `GraphModule` with plain inputs `inputs` in order and one output.
+    """The program as one `GraphModule` with plain inputs, named `inputs` in order, and one output.
 
     Weights are `get_attr` nodes under the names they have in the module (tied ones under the first), and the graph holds the module's
-    own tensors (meta or real), not copies. Blocks that were skipped are filled in from
-    `plan`. Metas kept: `val`, `nn_module_stack` (paths of `module`), `stack_trace`. Raises `CaptureError` if the forward writes to
-    buffers, `RepeatError` if the marks of blocks are not as planned.
+    own tensors (meta or real), not copies. Blocks that were skipped are filled in as `plan` says. Metas kept: `val`, `stack_trace`, and
+    `nn_module_stack` as {path: (path, class)} with the module's paths. Raises `CaptureError` if the forward writes to its weights,
+    buffers or inputs, `RepeatError` if the marks of blocks are not as planned.
     """
     names_of = {spec.arg.name: str(spec.target or spec.arg.name) for spec in program.graph_signature.input_specs}
     kept = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
@@ -106,10 +106,8 @@ class _Flattener:
                 continue
             spec = specs[node.name]
             if spec.kind is InputKind.USER_INPUT:
-                if node.users or node.meta.get("val") is not None:
-                    placeholder = self._graph.placeholder(next(names))
-                    placeholder.meta = {"val": node.meta["val"]}
-                    self._env[node] = placeholder
+                self._env[node] = self._graph.placeholder(next(names))
+                self._env[node].meta = {"val": node.meta["val"]}
             elif spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
                 path = str(spec.target).removeprefix(self._prefix)
                 if path not in self._origin.tensors:  # a constant that tracing lifted

@@ -14,8 +14,7 @@ from ad_core.api.errors import CaptureError, CheckpointError
 from ad_core.capture.forward import LogitsOnly
 from ad_core.capture.scope import inference_form
 from ad_core.graph.ops import qualified_name
-from ad_core.graph.tokens import find_mixing
-from ad_core.graph.unclaimed import RegistryHint, unclaimed_error
+from ad_core.graph.tokens import MixingNode, find_mixing
 
 SIZE_LIMIT = 2 << 30
 """Bytes of weights up to which numbers are compared unless the user says otherwise."""
@@ -29,9 +28,10 @@ reference's logits. A wrong mask, position or scale shows as a tenth or more."""
 
 
 def verify_structure(
-    graph: GraphModule, ops: Collection[str], entered: Mapping[str, int], executed: Mapping[str, int] | None, hint: RegistryHint
-) -> None:
-    """Raises `UnclaimedMixerError` if tokens mix outside of the canonical `ops`, `CaptureError` if one that the module ran is not there.
+    graph: GraphModule, ops: Collection[str], entered: Mapping[str, int], executed: Mapping[str, int] | None
+) -> list[MixingNode]:
+    """The places where tokens mix outside of the canonical `ops`: there must be none. Raises `CaptureError` if an op that the module
+    ran is not in the graph.
 
     `entered` counts what seams put in, `executed` every canonical op of one whole run of the module (None: there was none).
     """
@@ -46,9 +46,7 @@ def verify_structure(
                 why="the result of some was not used, or the layers do not all run when the module is exported",
                 hint="the model has a path that its forward does not take in inference; run it eagerly to see which",
             )
-    mixing = find_mixing(graph, ops)
-    if mixing:
-        raise unclaimed_error(mixing, hint)
+    return find_mixing(graph, ops)
 
 
 @dataclass

@@ -23,7 +23,8 @@ from ad_core.capture.weights import Progress, place_weights
 from ad_core.graph.calls import module_class, module_path
 from ad_core.graph.edit import set_tensor, tensors_read
 from ad_core.graph.ops import qualified_name
-from ad_core.graph.unclaimed import RegistryHint
+from ad_core.graph.tokens import MixingNode
+from ad_core.graph.unclaimed import RegistryHint, unclaimed_error
 from ad_core.plan import Attempt, Claim, Plan
 from ad_core.registry.records import Offer
 
@@ -79,11 +80,14 @@ def capture(
     failures: list[tuple[str, Exception]] = []
     for way in _ways(source, seams, plan, failures):
         marks = len(plan.passes), len(plan.decisions)
-        entries = Entries()
+        entries, no_hope = Entries(), False
         try:
             graph, exported, matched = _one_way(source, way, entries, device, clean, matchers, plan)
             with plan.phase("verify"):
-                verify_structure(graph, ops, entries.counts, entries.executed, hint or RegistryHint())
+                mixing = verify_structure(graph, ops, entries.counts, entries.executed)
+                if mixing:
+                    no_hope = bool(way.seams) and _beside_the_seams(graph, mixing, way)
+                    raise unclaimed_error(mixing, hint or RegistryHint())
             verdict = f"structure verified, numbers not: {_why_not(source, size_limit, verify)}"
             if compare:
                 with plan.phase("weights"):
@@ -91,12 +95,14 @@ def capture(
                 with plan.phase("verify"):
                     reference = reference or Reference(source.runnable(device), source.max_model_len, _special_ids(source))
                     verdict = f"structure and numbers verified: {verify_numbers(graph, reference, source.dtype, device)}"
+        except _FATAL:
+            raise
         except Exception as error:  # any code of the author's and of torch.export runs here; what it raises refuses this way
-            if isinstance(error, _FATAL):
-                raise
             del plan.passes[marks[0] :], plan.decisions[marks[1] :]
             failures.append((way.name, error))
             plan.attempts.append(Attempt(way.name, False, _reason(error)))
+            if no_hope:
+                break
             continue
         if exported.note:
             plan.notes.append(exported.note)
@@ -184,7 +190,7 @@ def _claims(graph: GraphModule, ops: Collection[str], way: Way, matched: Matched
         if node in matched.claims:
             by = f"matcher {matched.claims[node]}"
         elif entered[name]:
-            by = f"seam {way.seams[name]}"
+            by = f"seam {way.seams.get(name, 'of another op')}"
         else:
             by = "annotated"
         yield Claim(node.name, module_path(node), module_class(node), name, by)
@@ -194,6 +200,12 @@ def _why_not(source: ModelSource, size_limit: int, verify: bool | None) -> str:
     if verify is False:
         return "switched off"
     return f"the weights take {source.nbytes / 2**30:.1f} GiB, more than the limit of {size_limit / 2**30:.1f} GiB (verify=True forces it)"
+
+
+def _beside_the_seams(graph: GraphModule, mixing: Sequence[MixingNode], way: Way) -> bool:
+    """Whether all that mixes lies in modules that no seam reached: without seams these look the same, so no other way will do better."""
+    reached = {module_path(node) for node in graph.graph.nodes if qualified_name(node.target) in way.seams}
+    return bool(reached) and not any(f"{entry.module}.".startswith(f"{path}.") for entry in mixing for path in reached)
 
 
 def _special_ids(source: ModelSource) -> frozenset[int]:

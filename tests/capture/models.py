@@ -23,7 +23,7 @@ CONFIGS = {
     "qwen3": {**_SMALL, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.125},
     "mixtral": {**_SMALL, "num_key_value_heads": 2, "num_local_experts": 4, "initializer_range": 0.125},
     "qwen3_moe": {
-        **_SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        **_SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "initializer_range": 0.125,
     },
     "gpt2": {"vocab_size": 96, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.125},

@@ -129,6 +129,19 @@ def test_a_mixer_that_nothing_claims_is_refused_with_every_way_that_was_tried():
         Capture(build("llama"), seams=[], matchers=[])
 
 
+def test_when_what_mixes_lies_beside_the_seams_no_other_way_is_tried():
+    model = build("llama")
+    model.model.norm = Cumulative()
+    with pytest.raises(UnclaimedMixerError, match="seams: 1 graph region mixes") as refused:
+        Capture(model)
+    assert "patterns" not in str(refused.value)
+
+
+class Cumulative(nn.Module):
+    def forward(self, x):
+        return x.cumsum(1)
+
+
 class Wrong(Seam):
     """Puts attention in, but not the model's: the scale is another."""
 

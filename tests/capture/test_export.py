@@ -210,3 +210,55 @@ def test_a_module_on_meta_gives_the_same_graph_with_constants_on_the_device_of_t
     graph.load_state_dict(real.state_dict(), strict=False, assign=True)
     ids = models.prompt(2, 6) % 48
     torch.testing.assert_close(models.run(graph, ids), real(ids))
+
+
+class Rotates(models.Toy):
+    """Switches autocast off for a part, as rotary tables do; or on."""
+
+    def __init__(self, enabled=False):
+        super().__init__()
+        self.enabled = enabled
+
+    def forward(self, input_ids, position_ids=None):
+        x = self.embed(input_ids)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            a, b = x @ x.new_ones(16, 16), x * 2
+            for layer in self.layers:
+                a = layer(a)
+        return self.head(a + b)
+
+
+def test_a_region_without_autocast_is_part_of_the_graph_and_one_with_it_is_refused():
+    module = Rotates()
+    exported = export_module(module)
+    assert exported.copied == 3
+    assert not any(isinstance(node.target, torch._ops.HigherOrderOperator) for node in exported.graph.graph.nodes)
+    ids = models.prompt(2, 5) % 48
+    torch.testing.assert_close(models.run(exported.graph, ids), module(ids))
+    with pytest.raises(CaptureError, match=r"in autocast to torch\.bfloat16"):
+        export_module(Rotates(enabled=True))
+
+
+def test_what_a_forward_remembers_of_one_run_is_not_in_the_next():
+    class Caches(models.Toy):
+        def forward(self, input_ids, position_ids=None):
+            if not hasattr(self, "table"):
+                self.table = torch.arange(input_ids.shape[1]).sin()
+            return super().forward(input_ids) * self.table[None, :, None]
+
+    module = Caches()
+    graph = export_module(module).graph
+    ids = models.prompt(2, 5) % 48
+    torch.testing.assert_close(models.run(graph, ids), models.Toy.forward(module, ids) * torch.arange(5).sin()[None, :, None])
+    assert not hasattr(module, "table")
+
+
+def test_an_export_that_fails_raises_what_the_forward_raised_and_prints_nothing(capfd):
+    class Fails(models.Toy):
+        def forward(self, input_ids, position_ids=None):
+            super().forward(input_ids)
+            raise KeyError("not here")
+
+    with pytest.raises(KeyError, match="not here"):
+        export_module(Fails())
+    assert capfd.readouterr() == ("", "")
