@@ -21,8 +21,8 @@ class Kernel(ABC):
     """One implementation of the cached form of a canonical op.
 
     Every argument of `op` is bound by name: an argument of the canonical call, a batch field (`ad_core.api.batch`), a
-    resource of the mixer, the constant `append`, or one of the kernel's own buffers. Resources are declared mutable in the
-    schema (`Tensor(a!)`), nothing else is written but the buffers, in `prepare`.
+    resource of the mixer, the constant `append`, or one of the kernel's own buffers. The op writes to resources, and to
+    those of its buffers that are scratch; the schema declares both mutable (`Tensor(a!)`). `prepare` fills the other buffers.
     """
 
     name: str
