@@ -142,17 +142,11 @@ class _Traced(LogitsOnly):
 
 
 class _RaisedError(Exception):
-    """Carries what a forward raised past torch.export, which hangs the graph so far on every error and prints all of it."""
+    """Carries what a forward raised past torch.export, which prints the whole graph so far for some of it."""
 
     def __init__(self, error: Exception):
         super().__init__(str(error))
-        object.__setattr__(self, "error", error)
-
-    error: Exception
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name != "partial_fx_graph":
-            super().__setattr__(name, value)
+        self.error = error
 
 
 class _WithoutGradRegions(TorchFunctionMode):

@@ -109,7 +109,7 @@ def capture(
         plan.attempts.append(Attempt(way.name, True, verdict))
         plan.claims.extend(_claims(graph, ops, way, matched, entries.counts))
         return Captured(graph, way.name, entries.counts, compare, compare or source.in_memory, exported)
-    raise _refusal(source, failures)
+    raise _refusal(source, failures, hint or RegistryHint())
 
 
 def _one_way(
@@ -221,7 +221,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def _refusal(source: ModelSource, failures: Sequence[tuple[str, Exception]]) -> CaptureError:
+def _refusal(source: ModelSource, failures: Sequence[tuple[str, Exception]], hint: RegistryHint) -> CaptureError:
     """The error when no way led to a graph. An unclaimed mixer is the most useful thing to say."""
     ways = "\n         ".join(f"{name}: {_reason(error)}" for name, error in failures) or "there was no way in"
     unclaimed = next((error for _, error in reversed(failures) if isinstance(error, UnclaimedMixerError)), None)
@@ -235,7 +235,10 @@ def _refusal(source: ModelSource, failures: Sequence[tuple[str, Exception]]) -> 
             f"{source.name} cannot be captured",
             where=type(source.module).__name__,
             why=ways,
-            hint="each line names a way in and why it was refused; `ad doctor` shows which plugins are installed",
+            hint="\n         ".join(
+                ["each line names a way in and why it was refused; `ad doctor` shows which plugins are installed", *hint.known]
+                + [f"Not loaded: {', '.join(hint.broken)}"] * bool(hint.broken)
+            ),
         )
     refusal.__cause__ = last
     return refusal

@@ -212,6 +212,17 @@ def test_a_module_on_meta_gives_the_same_graph_with_constants_on_the_device_of_t
     torch.testing.assert_close(models.run(graph, ids), real(ids))
 
 
+def test_constants_lie_on_the_device_of_the_run_whether_it_is_here_or_not():
+    class Counts(models.Toy):
+        def forward(self, input_ids, position_ids=None):
+            return super().forward(input_ids) + torch.arange(48, device=input_ids.device)
+
+    graph = export_module(Counts(), device="cuda").graph
+    arange = next(node for node in graph.graph.nodes if "arange" in str(node.target))
+    assert arange.kwargs["device"].type == "cuda"
+    assert {node.meta["val"].device.type for node in graph.graph.nodes if "val" in node.meta} == {"cuda"}
+
+
 class Rotates(models.Toy):
     """Switches autocast off for a part, as rotary tables do; or on."""
 
@@ -253,12 +264,12 @@ def test_what_a_forward_remembers_of_one_run_is_not_in_the_next():
     assert not hasattr(module, "table")
 
 
-def test_an_export_that_fails_raises_what_the_forward_raised_and_prints_nothing(capfd):
-    class Fails(models.Toy):
+def test_an_export_that_fails_raises_what_the_forward_raised_and_prints_no_graph(capfd):
+    class Branches(models.Toy):
         def forward(self, input_ids, position_ids=None):
-            super().forward(input_ids)
-            raise KeyError("not here")
+            logits = super().forward(input_ids)
+            return logits if logits.sum() > 0 else -logits
 
-    with pytest.raises(KeyError, match="not here"):
-        export_module(Fails())
-    assert capfd.readouterr() == ("", "")
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        export_module(Branches())
+    assert "def forward" not in "".join(capfd.readouterr())
