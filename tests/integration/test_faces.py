@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import ad_core
@@ -290,6 +291,7 @@ def test_paths_that_hold_no_model(tmp_path):
         LLM("some-hub/some-model")
     with pytest.raises(errors.ModelError, match="config.json"):
         LLM(tmp_path)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "of-the-future"}')
     with pytest.raises(errors.ModelError, match="of-the-future"):
         LLM(tmp_path)
