@@ -130,7 +130,7 @@ def test_scattered_pages_are_not_taken_for_consecutive_ones():
 
 
 def test_a_prefill_longer_than_a_block_of_rows_with_every_bias():
-    for name in ("window", "alibi", "softcap", "everything"):
+    for name in ("gqa", "narrow_value", "sinks", "window", "chunk", "alibi", "softcap", "everything"):
         harness = Harness(MIXER, KERNEL, BY_NAME[name], sequences=1, length=700, page_size=16)
         Subject(MIXER, BY_NAME[name], KERNEL).follow(harness, [[(0, 300)], [(0, 400)]], name)
 

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 from ad_attention.kernels.torch_plan import FUSED, SPLIT
 from ad_attention.scores import first_visible, score_bias
 
-SCORE_BLOCK = 1 << 24
-"""Scores of a prefill chunk that exist at once, where a bias or a window needs them."""
+FUSED_ROWS = 64
+"""Chunks shorter than this are one fused call on the CPU; longer ones are faster, and more exact, in blocks of plain products."""
+BLOCK_ROWS, BLOCK_SCORES = 64, 1 << 21
+"""Rows of such a block, and the most scores that it may have: they should stay in a cache."""
 
 # Called directly: it returns the logarithm of the sum, and saves the choice of a backend, which costs as much as a decode's layer.
 fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -89,16 +91,16 @@ def prefill(
     """
     m = query.shape[0]
     biased = given.alibi_slopes is not None or given.rel_bias is not None or key_bias is not None
-    first = first_visible(context, given.window, given.chunk)
-    uniform = first_visible(context + m - 1, given.window, given.chunk) == first  # all rows see the same context
-    plain = uniform and not biased and given.softcap is None and key.shape[2] == value.shape[2]
-    if plain and query.is_cpu:
+    first, last = (first_visible(position, given.window, given.chunk) for position in (context, context + m - 1))
+    uniform = first == last and not biased  # all rows see the same context, and then each other's past
+    plain = uniform and given.softcap is None and key.shape[2] == value.shape[2]
+    if plain and query.is_cpu and m < FUSED_ROWS:
         return _prefill_fused(query, key, value, cached, given)
-    if plain and cached is None and given.sinks is None:
+    if plain and not query.is_cpu and cached is None and given.sinks is None:
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=given.scale, enable_gqa=k.shape[1] != q.shape[1])
         return out[0].transpose(0, 1).contiguous()
-    return _prefill_blocks(query, key, value, cached, key_bias, context, given)
+    return _prefill_blocks(query, key, value, cached, key_bias, context, uniform, given)
 
 
 def _prefill_fused(
@@ -130,52 +132,50 @@ def _prefill_blocks(
     cached: tuple[torch.Tensor, torch.Tensor] | None,
     key_bias: torch.Tensor | None,
     context: int,
+    uniform: bool,
     given: Modifiers,
 ) -> torch.Tensor:
-    """Blocks of query rows against the keys that any of them sees, with explicit biases."""
+    """Blocks of query rows against the keys that any of them sees, in float32 (or float64). `uniform`: only the diagonal is masked."""
     m, H, D = query.shape
     G, Dv = value.shape[1:]
+    dtype = torch.promote_types(query.dtype, torch.float32)
     k, v = key.transpose(0, 1), value.transpose(0, 1)
     if cached is not None:
-        k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)  # [G, L, D]
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    fused = query.is_cpu and given.softcap is None and Dv == D
-    if not fused:
-        k, v = k.to(dtype), v.to(dtype)
-    rows = query.view(m, G, H // G, D)
+        k, v = torch.cat([cached[0], k], 1), torch.cat([cached[1], v], 1)
+    k, v = k.to(dtype), v.to(dtype)  # [G, L, D]
+    factor = given.scale if given.softcap is None else given.scale / given.softcap
+    rows = query.to(dtype).mul(factor).unflatten(1, (G, -1)).permute(1, 2, 0, 3)  # [G, R, m, D]
     out = query.new_empty(m, G, H // G, Dv)
     origin = context + m - k.shape[1]  # the position of the first key
-    size = max(16, min(256, SCORE_BLOCK // (H * k.shape[1])))
+    size = max(16, min(BLOCK_ROWS, BLOCK_SCORES // (H * k.shape[1])))
+    diagonal = torch.full((size, size), -torch.inf, dtype=dtype, device=query.device).triu_(1) if uniform else None
     for start in range(0, m, size):
         stop = min(start + size, m)
         low, high = first_visible(context + start, given.window, given.chunk), context + stop
         seen = slice(low - origin, high - origin)
-        bias = score_bias(
-            torch.arange(context + start, high, device=query.device),
-            torch.arange(low, high, device=query.device),
-            dtype,
-            window=given.window,
-            chunk=given.chunk,
-            alibi_slopes=given.alibi_slopes,
-            rel_bias=given.rel_bias,
-            buckets=given.buckets,
-        )
-        bias = bias.unflatten(0, (G, -1)) if bias.dim() == 3 else bias  # [G, R, rows, keys] or [rows, keys]
+        scores = torch.bmm(rows[:, :, start:stop].reshape(G, -1, D), k[:, seen].transpose(1, 2)).view(G, -1, stop - start, high - low)
+        if given.softcap is not None:
+            scores.tanh_().mul_(given.softcap)
         if key_bias is not None:
-            bias = bias + key_bias[seen].to(dtype).t()[:, None, None]
-        if fused:
-            mask = bias.transpose(0, 1) if bias.dim() == 4 else bias
-            k_block, v_block = (x[:, seen].expand(H // G, -1, -1, -1) for x in (k, v))
-            block, lse = fused_cpu(rows[start:stop].permute(2, 1, 0, 3), k_block, v_block, 0.0, False, attn_mask=mask, scale=given.scale)
-            block, lse = block.permute(2, 1, 0, 3), lse.permute(2, 1, 0)[..., None]
+            scores.add_(key_bias[seen].t()[:, None, None])
+        if diagonal is not None:
+            scores[..., start - stop :].add_(diagonal[: stop - start, : stop - start])
         else:
-            scores = rows[start:stop].to(dtype).permute(1, 2, 0, 3).reshape(G, -1, D) @ k[:, seen].transpose(1, 2) * given.scale
-            if given.softcap is not None:
-                scores = torch.tanh(scores / given.softcap) * given.softcap
-            scores = scores.view(G, H // G, stop - start, -1) + bias
-            block = (scores.softmax(-1).flatten(1, 2) @ v[:, seen]).view(G, H // G, stop - start, Dv).permute(2, 0, 1, 3)
-            lse = scores.logsumexp(-1, keepdim=True).permute(2, 0, 1, 3)
-        out[start:stop] = block if given.sinks is None else _sink(block, lse, given.sinks)
+            bias = score_bias(
+                torch.arange(context + start, high, device=query.device),
+                torch.arange(low, high, device=query.device),
+                dtype,
+                window=given.window,
+                chunk=given.chunk,
+                alibi_slopes=given.alibi_slopes,
+                rel_bias=given.rel_bias,
+                buckets=given.buckets,
+            )
+            scores.add_(bias if bias.dim() == 2 else bias.unflatten(0, (G, -1)))
+        block = torch.bmm(scores.softmax(-1).view(G, -1, high - low), v[:, seen]).view(G, -1, stop - start, Dv).permute(2, 0, 1, 3)
+        if given.sinks is not None:
+            block = _sink(block, scores.logsumexp(-1, keepdim=True).permute(2, 0, 1, 3), given.sinks)
+        out[start:stop] = block
     return out.view(m, H, Dv)
 
 
