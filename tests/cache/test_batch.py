@@ -23,7 +23,9 @@ def steps(draw):
         context = draw(st.integers(0, 9))
         blocks = -(-(context + length) // PAGE)
         pages = tuple(draw(st.lists(st.integers(1, 40), min_size=blocks, max_size=blocks)) for _ in range(2))
-        rows.append(Row(list(range(100, 100 + length)), context, index + 1, pages, slot=index + 5, num_outputs=draw(st.integers(0, length))))
+        rows.append(
+            Row(list(range(100, 100 + length)), context, index + 1, pages, slot=index + 5, num_outputs=draw(st.integers(0, length)))
+        )
     return rows, decodes
 
 
