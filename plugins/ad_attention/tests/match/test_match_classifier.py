@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ad_attention.match.evaluate import Unknown
 from ad_attention.match.mask_classifier import MaskKind, read_mask
 
-EPS = 1e-7
+EPS = torch.finfo(torch.float32).eps
 LENGTH = 40
 ROW, COLUMN = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None]
 CAUSAL = COLUMN <= ROW

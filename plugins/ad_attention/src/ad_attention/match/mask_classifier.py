@@ -69,7 +69,12 @@ class Classifier:
         if not self.sizes.dynamic:
             raise Unknown("the graph was exported for one length, so what its mask does at another cannot be seen")
         nodes = list(nodes)
-        eps = max([1e-7, *(torch.finfo(dtype).eps for dtype in map(dtype_of, nodes) if dtype is not None and dtype.is_floating_point)])
+        eps = max(
+            [
+                torch.finfo(torch.float32).eps,
+                *(torch.finfo(dtype).eps for dtype in map(dtype_of, nodes) if dtype is not None and dtype.is_floating_point),
+            ]
+        )
         integers, buffers = _integers(nodes, self.graph), _buffers(nodes, self.graph)
         small = [integer for integer in integers if integer <= LARGEST_INTEGER]
         lengths = {7, 40, 2 * max(small, default=1) + 3, *(2 * bound + 3 for bound in buffers.values())}
@@ -257,5 +262,5 @@ def _check_slopes(
     expected = slopes[:, None, None] * (steps[None, :] - steps[:, None])
     # the rounding of what was added, in the coarsest dtype that it went through
     largest = torch.where(seen, matrix, 0.0).abs().max()
-    if (torch.where(seen, relative - expected, 0.0).abs() > 2 * eps * largest + 1e-30).any():
+    if (torch.where(seen, relative - expected, 0.0).abs() > 4 * eps * largest + 1e-30).any():
         raise Unknown("its position bias is not a slope times the distance")
