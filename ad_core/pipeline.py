@@ -135,7 +135,14 @@ class _Pipeline:
             call = self.backend.compile(graph)
         self._weigh(loaded, _held(graph))
         with self._phase("pools"):
-            model = build_model(call, insertion.layout, memory=self.config.memory, vocab_size=vocab_size, device=self.device)
+            model = build_model(
+                call,
+                insertion.layout,
+                memory=self.config.memory,
+                vocab_size=vocab_size,
+                device=self.device,
+                checkpoint_interval=self.config.checkpoint_interval if self.config.prefix_cache else None,
+            )
         with self._phase("warm up"):
             workspace = measure_workspace(model)
         self._ledger(model, workspace)

@@ -33,11 +33,8 @@ class PromptReader:
             return self._chat([dict(message) for message in prompt if isinstance(message, Mapping)])
         if hasattr(prompt, "tolist"):
             prompt = prompt.tolist()
-        if not isinstance(prompt, Sequence) or not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-            raise InvalidRequestError(
-                f"a prompt cannot be a {type(prompt).__name__} of this content",
-                hint="give text, a list of chat messages, or a list of token ids",
-            )
+        if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not all(_is_id(token) for token in prompt):
+            raise _not_a_prompt(prompt)
         return self._checked(TokenizedPrompt([int(token) for token in prompt]))  # type: ignore[arg-type]
 
     def read_all(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[TokenizedPrompt], bool]:

@@ -23,15 +23,15 @@ class PoolSizes:
         return min((pages - 1) * page_size for pages in self.num_pages) if self.num_pages else 0
 
 
-def sizes_for(spec: CacheSpec, limits: Limits, memory: int) -> PoolSizes:
+def sizes_for(spec: CacheSpec, limits: Limits, memory: int, checkpoint_interval: int | None = None) -> PoolSizes:
     """The largest pools that fit into `memory` bytes and that the limits can make use of.
 
     Slots come first, one a running sequence. A windowed group never needs more than the window and one step's tokens a
-    sequence; what is left is divided so that every unwindowed token finds its pages. Raises `OutOfMemoryBudgetError` if
-    not even one sequence of one page fits.
+    sequence; what is left is divided so that every unwindowed token finds its pages. With a `checkpoint_interval` there are
+    also slots for saved states, one every so many tokens, but never more bytes of them than of pages. Raises
+    `OutOfMemoryBudgetError` if not even one sequence of one page fits.
     """
-    num_slots = limits.max_sequences + 1 if spec.slot_bytes else 0
-    fixed = num_slots * spec.slot_bytes
+    saves = checkpoint_interval if spec.slot_bytes and spec.checkpoints else None
 
     def pages_for(blocks: int) -> tuple[int, ...]:
         """Pages of each group for `blocks` pages' worth of tokens over all sequences, the null page included."""
@@ -44,12 +44,22 @@ def sizes_for(spec: CacheSpec, limits: Limits, memory: int) -> PoolSizes:
             pages.append(wanted + 1)
         return tuple(pages)
 
+    def page_bytes_for(blocks: int) -> int:
+        return sum(count * group.page_bytes for count, group in zip(pages_for(blocks), spec.groups, strict=True))
+
+    def slots_for(blocks: int) -> int:
+        """A slot of each running sequence, the null slot, and those that are left for saved states."""
+        if not spec.slot_bytes:
+            return 0
+        saved = blocks * spec.page_size // saves if saves else 0
+        return limits.max_sequences + 1 + (min(saved, page_bytes_for(blocks) // spec.slot_bytes) if spec.groups else saved)
+
     def bytes_for(blocks: int) -> int:
-        return fixed + sum(count * group.page_bytes for count, group in zip(pages_for(blocks), spec.groups, strict=True))
+        return slots_for(blocks) * spec.slot_bytes + page_bytes_for(blocks)
 
     low, high = 1, limits.max_sequences * limits.max_pages
     if bytes_for(low) > memory:
-        states = f" and the states of {limits.max_sequences} sequences" if num_slots else ""
+        states = f" and the states of {limits.max_sequences} sequences" if spec.slot_bytes else ""
         raise OutOfMemoryBudgetError(
             f"the memory budget of {megabytes(memory)} cannot hold the cache",
             why=f"one page of each pool beside the null page{states} take {megabytes(bytes_for(low))}",
@@ -61,4 +71,4 @@ def sizes_for(spec: CacheSpec, limits: Limits, memory: int) -> PoolSizes:
             low = middle
         else:
             high = middle - 1
-    return PoolSizes(pages_for(low), num_slots, bytes_for(low))
+    return PoolSizes(pages_for(low), slots_for(low), bytes_for(low))

@@ -26,9 +26,18 @@ def default_memory(device: torch.device) -> int:
     return min(share, CPU_DEFAULT) if device.type == "cpu" else share
 
 
-def build_model(call: Callable[..., Any], layout: CacheLayout, *, memory: int | None, vocab_size: int, device: torch.device) -> CachedModel:
-    """Pools of `memory` bytes (or the default) under the compiled graph. Raises `OutOfMemoryBudgetError`."""
-    sizes = sizes_for(layout.spec(), layout.limits, default_memory(device) if memory is None else memory)
+def build_model(
+    call: Callable[..., Any],
+    layout: CacheLayout,
+    *,
+    memory: int | None,
+    vocab_size: int,
+    device: torch.device,
+    checkpoint_interval: int | None = None,
+) -> CachedModel:
+    """Pools of `memory` bytes (or the default) under the compiled graph, with room for a saved state every `checkpoint_interval`
+    tokens (None: states are not saved). Raises `OutOfMemoryBudgetError`."""
+    sizes = sizes_for(layout.spec(), layout.limits, default_memory(device) if memory is None else memory, checkpoint_interval)
     return CachedModel(call, layout, sizes, vocab_size, device)
 
 

@@ -31,7 +31,7 @@ class BlockCall:
 
     number: int
     path: str
-    kind: type
+    block: nn.Module
     inputs: list[Hashable] = field(default_factory=list)
     sources: list[Hashable] = field(default_factory=list)
     """What each input leaf is in the whole run; equal sources are the same tensor."""
@@ -41,9 +41,16 @@ class BlockCall:
     faults: list[str] = field(default_factory=list)
 
     def does_the_same_as(self, other: BlockCall) -> bool:
-        """Whether both calls compute the same function of their varying inputs and of the block's own weights."""
-        mine, theirs = ((call.kind, call.inputs, call.outputs, call.trees, call.stream) for call in (self, other))
-        return not self.faults and not other.faults and mine == theirs
+        """Whether both calls compute the same function of their varying inputs and of the block's own weights.
+
+        The ops at one length do not tell what a block does at another (`min(self.window, length)`), so its numbers count too.
+        """
+        mine, theirs = ((call.inputs, call.outputs, call.trees, call.stream) for call in (self, other))
+        if self.faults or other.faults or mine != theirs:
+            return False
+        places = [call.path.rpartition(".")[2] for call in (self, other)]
+        distance = int(places[0]) - int(places[1]) if all(place.isdigit() for place in places) else 0
+        return self.block is other.block or same_settings(self.block, other.block, distance)
 
 
 class Rehearsal(TorchDispatchMode):
@@ -63,7 +70,7 @@ class Rehearsal(TorchDispatchMode):
 
     def run_block(self, number: int, path: str, block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Runs `forward` of the block as a call of its own."""
-        call = BlockCall(number, path, type(block))
+        call = BlockCall(number, path, block)
         leaves, tree = pytree.tree_flatten((args, kwargs))
         self._local = {}
         for position, leaf in enumerate(leaves):
@@ -160,6 +167,32 @@ class Rehearsal(TorchDispatchMode):
                 for tensor in pytree.tree_leaves(value):
                     if isinstance(tensor, torch.Tensor) and self._local.get(id(tensor), ("",))[0] != "made":  # type: ignore[index]
                         call.faults.append(f"it writes to a tensor from outside ({func})")
+
+
+def same_settings(first: nn.Module, second: nn.Module, distance: int) -> bool:
+    """Whether two blocks are of the same classes with the same numbers, texts and flags as attributes in every part.
+
+    `distance` is how far apart they lie in their list: whole numbers that differ by it are their places in it.
+    """
+
+    def same(mine: Any, its: Any) -> bool:
+        if type(mine) is not type(its):
+            return False
+        if isinstance(mine, (list, tuple)):
+            return len(mine) == len(its) and all(same(a, b) for a, b in zip(mine, its, strict=True))
+        if type(mine) is int:
+            return bool(mine == its or mine - its == distance)
+        return not isinstance(mine, (str, bytes, bool, float, complex)) or repr(mine) == repr(its)
+
+    parts = list(zip(first.modules(), second.modules(), strict=False))
+    if len(parts) != len(list(first.modules())) or len(parts) != len(list(second.modules())):
+        return False
+    for mine, its in parts:
+        if type(mine) is not type(its) or vars(mine).keys() != vars(its).keys():
+            return False
+        if not all(same(value, vars(its)[name]) for name, value in vars(mine).items() if name != "forward"):
+            return False
+    return True
 
 
 def _form(tensor: torch.Tensor) -> tuple[Hashable, ...]:

@@ -44,3 +44,21 @@ def test_the_sizes_fit_and_one_more_block_would_not(memory: int, windowed: bool,
     assert used == sizes.num_bytes <= memory
     if sizes.num_pages[0] - 1 < 4 * 16:
         assert used + sum(group.page_bytes for group in groups) > memory or windowed
+
+
+def test_saved_states_get_a_slot_every_interval_but_no_more_bytes_than_pages():
+    spec = CacheSpec(4, (PageGroupSpec(None, 100),), slot_bytes=50)
+    most = 4 * 16 * 4  # tokens of all sequences
+    assert sizes_for(spec, limits(), 1 << 30, 8).num_slots == 5 + most // 8
+    large = CacheSpec(4, (PageGroupSpec(None, 100),), slot_bytes=1000)
+    sizes = sizes_for(large, limits(), 20_000, 8)
+    assert 0 < (sizes.num_slots - 5) * 1000 <= sizes.num_pages[0] * 100
+    assert sizes.num_bytes <= 20_000
+    assert sizes_for(CacheSpec(4, (), slot_bytes=50), limits(), 1 << 30, 8).num_slots == 5 + most // 8
+
+
+@pytest.mark.parametrize("interval", [None, 8])
+def test_no_slot_is_left_for_states_that_are_not_saved(interval: int | None):
+    spec = CacheSpec(4, (PageGroupSpec(None, 100),), slot_bytes=50, checkpoints=interval is None)
+    assert sizes_for(spec, limits(), 1 << 30, interval).num_slots == 5
+    assert sizes_for(CacheSpec(4, (PageGroupSpec(None, 100),)), limits(), 1 << 30, interval).num_slots == 0

@@ -32,6 +32,31 @@ def test_layers_that_differ_in_a_number_are_each_traced():
     exported(module, copied=2)
 
 
+class Clipped(Block):
+    """Fades once the text is longer than its window."""
+
+    def __init__(self, window: int, place: int = 0):
+        super().__init__(16)
+        self.window, self.place = window, place
+
+    def forward(self, x):
+        return super().forward(x) * (torch.sym_min(self.window, x.shape[1]) / x.shape[1])
+
+
+def test_numbers_that_make_no_difference_to_a_short_text_make_one_all_the_same():
+    module = Toy(blocks=2)
+    module.layers = nn.ModuleList(Clipped(window) for window in (100, 200, 100, 200))
+    assert exported(module, copied=2).blocks == 4
+
+
+def test_the_place_of_a_layer_in_its_list_is_no_difference():
+    module = Toy(blocks=2)
+    module.layers = nn.ModuleList(Clipped(100, place) for place in range(5, 9))
+    exported(module, copied=3)
+    module.layers[2].place = 20
+    exported(module, copied=2)
+
+
 def test_layers_of_other_shapes_and_classes_are_each_traced():
     class Other(Block):
         def forward(self, x):

@@ -130,6 +130,22 @@ def test_tolerance_follows_the_declared_safety(graph: GraphModule, safety: Safet
             managed(graph, toy)
 
 
+def test_logits_of_another_shape_and_logits_that_are_not_numbers_are_changed_numbers(graph: GraphModule) -> None:
+    def cut(graph: GraphModule) -> None:
+        output = output_node(graph.graph)
+        output.args = ((insert_call(output, aten.slice.Tensor, output.args[0][0], 2, 0, 5),),)
+
+    for change in (scaled(float("nan")), scaled(float("inf")), cut):
+        with pytest.raises(NumericGuardError, match="differ by inf"):
+            managed(graph, Toy("toy", Stage.FUSE, change, "lossy"))
+        apply(graph, [Toy("undo", Stage.FUSE, undo)])
+
+
+def undo(graph: GraphModule) -> None:
+    output = output_node(graph.graph)
+    output.args = ((output.args[0][0].args[0],),)
+
+
 def test_without_verify_nothing_is_checked(graph: GraphModule) -> None:
     (entry,) = managed(graph, Toy("bad", Stage.FUSE, scaled(2)), verify=False)
     assert entry.guard == "off"
