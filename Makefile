@@ -17,7 +17,7 @@ TRITON   ?= triton==3.6.0
 BIN      := $(VENV)/bin
 READY    := $(VENV)/.ready
 MODEL    := $(WEIGHTS)/SmolLM2-135M-Instruct.Q4_1.gguf
-PACKAGES := . plugins/ad_attention plugins/ad_quant
+PACKAGES := . plugins/ad_attention plugins/ad_conv plugins/ad_mamba plugins/ad_deltanet plugins/ad_linear plugins/ad_rnn plugins/ad_moe plugins/ad_quant
 
 .PHONY: demo test lint wheels clean
 

@@ -1,0 +1,1 @@
+"""Causal convolutions over the sequence, as a plugin of ad-core."""

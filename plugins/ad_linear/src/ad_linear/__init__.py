@@ -1,0 +1,1 @@
+"""Linear attention with decay: lightning and its kin, mLSTM, as a plugin of ad-core."""

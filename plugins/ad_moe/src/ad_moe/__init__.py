@@ -1,0 +1,1 @@
+"""Routed experts, as a plugin of ad-core."""
