@@ -1,5 +1,6 @@
 # make demo    real weights through our own captured, cached and compiled graph
 # make test    the tests of the core and of every plugin
+# make zoo     every model type of the zoo, and docs/support.md from what came of it (half an hour on two cores)
 # make lint    style, types, and who may import whom
 # make wheels  every distribution, into dist/
 #
@@ -19,13 +20,16 @@ READY    := $(VENV)/.ready
 MODEL    := $(WEIGHTS)/SmolLM2-135M-Instruct.Q4_1.gguf
 PACKAGES := . plugins/ad_attention plugins/ad_conv plugins/ad_mamba plugins/ad_deltanet plugins/ad_linear plugins/ad_rnn plugins/ad_moe plugins/ad_quant
 
-.PHONY: demo test lint wheels clean
+.PHONY: demo test zoo lint wheels clean
 
 demo: $(READY) $(MODEL)
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(READY) $(MODEL)
 	$(BIN)/python -m pytest $(PYTEST)
+
+zoo: $(READY)
+	$(BIN)/python -m tests.zoo --page docs/support.md
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,0 +1,65 @@
+"""Every causal language model type that `zoo.json` describes, tiny and with random weights that make a mistake show.
+
+Logits spread by about 1, nothing that starts constant stays so (unit norms and zero biases hide bugs), windows and chunks are shorter
+than the prompts, and every kind of layer of a hybrid is there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+PATH = Path(__file__).with_name("zoo.json")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model type: `config` holds what differs from its defaults. `status` is "ok" if transformers' own checks of it pass, else
+    `note` says what is wrong with it."""
+
+    model_type: str
+    config: dict[str, Any]
+    seed: int
+    perturb: float
+    status: str
+    note: str
+    mixers: tuple[str, ...]
+    moe: bool
+
+
+@cache
+def entries() -> dict[str, Entry]:
+    """All entries by model type, in the order of the file."""
+    read = json.loads(PATH.read_text())
+    fields = Entry.__dataclass_fields__
+    return {each["model_type"]: Entry(**{**{name: each[name] for name in fields}, "mixers": tuple(each["mixers"])}) for each in read}
+
+
+def build(entry: Entry) -> nn.Module:
+    """The entry's model in float32 on the CPU, in eval mode: the same weights at every call. Raises what its class raises."""
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    config = CONFIG_MAPPING[entry.model_type](**copy.deepcopy(entry.config))
+    torch.manual_seed(entry.seed)
+    model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    noise = torch.Generator().manual_seed(entry.seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.is_floating_point() and parameter.numel() > 1 and bool((parameter == parameter.flatten()[0]).all()):
+                parameter.add_(entry.perturb * torch.randn(parameter.shape, generator=noise))
+        for name, buffer in model.named_buffers():
+            if "correction_bias" in name or "expert_bias" in name:
+                buffer.add_(entry.perturb * torch.randn(buffer.shape, generator=noise).to(buffer.dtype))
+    return model.requires_grad_(False)
+
+
+def prompt(length: int) -> list[int]:
+    """Token ids that no entry gives a special meaning."""
+    return torch.randint(4, 96, (length,), generator=torch.Generator().manual_seed(100 + length)).tolist()

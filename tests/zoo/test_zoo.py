@@ -1,0 +1,49 @@
+"""Every model type of the zoo: captured, served, equal to its author's module, from memory and from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from .models import Entry, entries
+from .page import page
+from .pool import Worker
+
+CORE = ("llama", "gemma2", "gpt2", "bloom", "ctrl", "gemma3n_text")
+"""Grouped heads, windows with a soft-cap, learned positions, a pattern with ALiBi, sinusoidal tables, layers that share keys."""
+LIMIT = 180.0
+
+
+@pytest.fixture(scope="module")
+def worker() -> Iterator[Worker]:
+    worker = Worker()
+    yield worker
+    worker.close()
+
+
+def _param(entry: Entry) -> object:
+    return pytest.param(entry.model_type, marks=() if entry.model_type in CORE else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("model_type", [_param(entry) for entry in entries().values() if entry.status == "ok"])
+def test_answers_are_those_of_the_authors_module(model_type, worker):
+    result = worker.run(model_type, LIMIT)
+    assert result["status"] == "pass", f"{result['stage']}: {result['reason']}"
+    assert result["mixers"], "nothing that mixes tokens was claimed"
+
+
+def test_an_entry_that_hangs_costs_that_entry(worker):
+    result = worker.run("llama", 0.2)
+    assert (result["status"], result["stage"]) == ("fail", "time")
+    assert worker.run("gpt2", LIMIT)["status"] == "pass"
+
+
+def test_the_page_has_a_row_for_every_type_and_says_what_was_not_run():
+    results = {"llama": {"status": "pass", "mixers": {"toy::mix": 2}, "captured_by": ["seam"]}}
+    results["bloom"] = {"status": "fail", "stage": "capture", "reason": "a | b"}
+    text = page(entries(), results, "transformers 5")
+    assert len([line for line in text.splitlines() if line.startswith("| ")]) == len(entries()) + 1
+    assert "| llama | works | `toy::mix` x 2 | seam | - | - |" in text
+    assert "| bloom | fails | - | - | capture | a \\| b |" in text
+    assert "| gpt2 | not run |" in text
