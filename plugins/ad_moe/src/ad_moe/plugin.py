@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from ad_core.api import PluginInfo
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ad_core.api import PluginInfo, hookimpl
+
+if TYPE_CHECKING:
+    from ad_core.api import CanonicalOp
 
 INFO = PluginInfo(name="moe", api=(1, 0), op_namespaces=("ad_moe",), summary="routed experts")
+
+
+@hookimpl
+def ad_ops() -> Sequence[CanonicalOp]:
+    from ad_moe.moe import Experts
+
+    return [Experts()]
