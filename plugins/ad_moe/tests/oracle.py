@@ -11,8 +11,6 @@ import torch
 def experts(arguments: dict[str, Any]) -> torch.Tensor:
     """What `ad_moe::moe` must give for its arguments: [B, S, O] in float64."""
     given = {key: value.double() if _floats(value) else value for key, value in arguments.items()}
-        key: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value for key, value in arguments.items()
-    }
     tokens, selected, weights = given["tokens"], given["selected"], given["weights"]
     width = given["down"].shape[2 if given.get("down_transposed") else 1]
     out = torch.zeros(*tokens.shape[:2], width, dtype=torch.float64)
