@@ -1,0 +1,91 @@
+"""mLSTM over memories in slots, in plain torch: any mix of prefill and decode, CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+
+from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
+from ad_core.graph.ops import define_op
+from ad_linear.kernels.torch_plan import plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_linear.mlstm import matrix_memory
+
+# No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
+SCHEMA = (
+    "ad_linear::mlstm_torch(Tensor query, Tensor key, Tensor value, Tensor input_gate, Tensor forget_gate, float scale, float eps, "
+    "Tensor(a!) memory, Tensor(b!) peak, Tensor plan, Tensor slots, Tensor stale) -> Tensor"
+)
+
+
+def _mlstm(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    input_gate: torch.Tensor,
+    forget_gate: torch.Tensor,
+    scale: float,
+    eps: float,
+    memory: torch.Tensor,
+    peak: torch.Tensor,
+    plan: torch.Tensor,
+    slots: torch.Tensor,
+    stale: torch.Tensor,
+) -> torch.Tensor:
+    """The canonical op on packed tokens: query, key [1, T, H, K], value [1, T, H, V], gates [1, T, H] -> [1, T, H, V].
+
+    Reads and writes the step's slots of `memory` [slots, H, K, V + 1] and `peak` [slots, H]; the last three are `torch_plan`'s.
+    Rows past the batch's are zero.
+    """
+    head, prefills = read_plan(plan)
+    out, dtype = value.new_empty(value.shape), memory.dtype
+    queries, keys, values, gates = (x[0].to(dtype) for x in (query, key, value, input_gate))  # [T, H, ...]
+    forget = F.logsigmoid(forget_gate[0].to(dtype))
+    end, heads = head.decodes, value.shape[2]
+    if end:
+        chosen, old = take_states(memory, head, slots, stale), take_states(peak, head, slots, stale)
+        kept = forget[:end] + old
+        new = torch.maximum(kept, gates[:end])  # [n, H]
+        now = chosen.view(end * heads, *memory.shape[2:])
+        now.mul_(torch.exp(kept - new).reshape(-1, 1, 1))
+        columns = (keys[:end] * torch.exp(gates[:end] - new)[..., None]).reshape(end * heads, -1, 1)
+        now.baddbmm_(columns, F.pad(values[:end], (0, 1), value=1.0).reshape(end * heads, 1, -1))
+        read = torch.bmm((queries[:end] * scale).reshape(end * heads, 1, -1), now).view(end, heads, -1)
+        put_states(memory, chosen, head, slots)
+        put_states(peak, old.copy_(new), head, slots)
+        out[0, :end] = read[..., :-1] / (torch.maximum(read[..., -1].abs(), torch.exp(-new)) + eps)[..., None]
+    for chunk in prefills:
+        end = chunk.token + chunk.size
+        rows = slice(chunk.token, end)
+        before, old = (torch.zeros_like(pool[:1]) if chunk.fresh else pool[chunk.slot, None] for pool in (memory, peak))
+        q, k, v, gate, log_forget = (x[rows].transpose(0, 1)[None] for x in (queries, keys, values, gates, forget))
+        output, after, new = matrix_memory(q * scale, k, v, gate, log_forget, before, old, eps)
+        memory[chunk.slot], peak[chunk.slot] = after[0], new[0]
+        out[0, rows] = output[0].transpose(0, 1)
+    if end < value.shape[1]:
+        out[0, end:].zero_()
+    return out
+
+
+def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
+    return value.new_empty(value.shape)
+
+
+mlstm_torch = define_op(SCHEMA, _mlstm, _fake)
+
+
+class TorchMLstm(Kernel):
+    """The reference that also has to be fast: `prepare` does whatever does not differ between layers."""
+
+    name = "linear.mlstm.torch"
+    target = "ad_linear::mlstm"
+    op = "ad_linear::mlstm_torch"
+    dtypes = frozenset({"float32", "bfloat16", "float16", "float64"})
+    graph = "never"
+
+    def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
+        return plan_buffers(limits)
+
+    def prepare(self, batch: BatchView, call: OpCall, out: Mapping[str, torch.Tensor]) -> None:
+        plan_step(batch, out)

@@ -1,0 +1,32 @@
+"""The plugin against the core's conformance kit: a few cases always, all of them in the long run."""
+
+import pytest
+
+from ad_core.testing import MixerConformance
+from ad_linear.testing import LIGHTNING_CASES, MLSTM_CASES
+
+
+class TestLightning(MixerConformance):
+    mixer = "ad_linear.mixer:Lightning"
+    cases = LIGHTNING_CASES[:1]
+    kernels = ("linear.lightning.torch",)
+    min_checks = 18
+
+
+class TestMLstm(MixerConformance):
+    mixer = "ad_linear.mixer:MLstm"
+    cases = MLSTM_CASES[:1]
+    kernels = ("linear.mlstm.torch",)
+    min_checks = 18
+
+
+@pytest.mark.slow
+class TestEveryLightning(TestLightning):
+    cases = LIGHTNING_CASES
+    min_checks = 54
+
+
+@pytest.mark.slow
+class TestEveryMLstm(TestMLstm):
+    cases = MLSTM_CASES
+    min_checks = 54
