@@ -8,13 +8,21 @@ from typing import TYPE_CHECKING
 from ad_core.api import PluginInfo, hookimpl
 
 if TYPE_CHECKING:
-    from ad_core.api import Mixer
+    from ad_core.api import Mixer, Pass
 
 INFO = PluginInfo(name="attention", api=(1, 0), op_namespaces=("ad_attention",), summary="softmax attention in all its forms")
 
 
 @hookimpl
 def ad_mixers() -> Sequence[Mixer]:
+    from ad_attention.latent.mixer import LatentAttention
     from ad_attention.mixer import Attention
 
-    return [Attention()]
+    return [Attention(), LatentAttention()]
+
+
+@hookimpl
+def ad_passes() -> Sequence[Pass]:
+    from ad_attention.latent.rewrite import FindLatent
+
+    return [FindLatent()]

@@ -112,6 +112,10 @@ class Evaluation:
             self._graph, self._sizes, self.batch, self.length, integers=self._integers, base=self, given=given, dependent=dependent
         )
 
+    def shape(self, node: Node) -> tuple[int, ...]:
+        """The shape of the node's tensor at these sizes."""
+        return self._sizes.shape(node, self.batch, self.length)
+
     def value(self, node: Node) -> Any:
         """The value of the node. Not to be written. Raises `Unknown`."""
         if node in self._values:
