@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
-from ad_core.api import PluginInfo
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ad_core.api import PluginInfo, hookimpl
+
+if TYPE_CHECKING:
+    from ad_core.api import Mixer
 
 INFO = PluginInfo(name="conv", api=(1, 0), op_namespaces=("ad_conv",), summary="causal convolutions over the sequence")
+
+
+@hookimpl
+def ad_mixers() -> Sequence[Mixer]:
+    from ad_conv.mixer import CausalConv1d
+
+    return [CausalConv1d()]

@@ -2,6 +2,21 @@
 
 from __future__ import annotations
 
-from ad_core.api import PluginInfo
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-INFO = PluginInfo(name="mamba", api=(1, 0), op_namespaces=("ad_mamba",), summary="selective state spaces: selective scan (Mamba-1) and SSD (Mamba-2)")
+from ad_core.api import PluginInfo, hookimpl
+
+if TYPE_CHECKING:
+    from ad_core.api import Mixer
+
+INFO = PluginInfo(
+    name="mamba", api=(1, 0), op_namespaces=("ad_mamba",), summary="selective state spaces: selective scan (Mamba-1) and SSD (Mamba-2)"
+)
+
+
+@hookimpl
+def ad_mixers() -> Sequence[Mixer]:
+    from ad_mamba.mixer import SSD, SelectiveScan
+
+    return [SelectiveScan(), SSD()]

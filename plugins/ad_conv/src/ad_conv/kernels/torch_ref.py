@@ -1,0 +1,114 @@
+"""The causal convolution over slots in plain torch: any mix of prefill and decode, CPU and CUDA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ad_conv.kernels.torch_plan import NONE, Prefill, Step, plan_buffers, plan_step
+from ad_conv.op import ACTIVATIONS, OP, filtered
+from ad_core.api import BatchView, BufferSpec, Declined, Environment, Kernel, Limits, OpCall
+from ad_core.graph.ops import define_op
+
+# No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
+SCHEMA = (
+    "ad_conv::causal_conv1d_torch(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor(a!)? conv_state, Tensor plan, "
+    "Tensor records, Tensor slots) -> Tensor"
+)
+
+
+def _causal_conv1d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    conv_state: torch.Tensor | None,
+    plan: torch.Tensor,
+    records: torch.Tensor,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """The canonical op on packed tokens: x [1, T, C] -> [1, T, C].
+
+    Reads and writes the states [slots, K - 1, C] of the step's sequences; None if K is 1. Rows past the batch's tokens are zero.
+    """
+    step, T = Step(*plan.tolist()), x.shape[1]
+    if conv_state is None:  # one tap sees no other token
+        alone = filtered(x, weight, bias, activation).to(x.dtype)
+        alone[0, step.tokens :].zero_()
+        return alone
+    chunks: list[Prefill] = []
+    if step.fresh_decodes or step.prefills:
+        listed = [Prefill(*record) for record in records[: step.fresh_decodes + step.prefills].tolist()]
+        chunks = listed[step.fresh_decodes :]
+        for new in listed:
+            if new.fresh:
+                conv_state[new.slot].zero_()
+    if step.decodes == T:  # a step of decodes and nothing else: its result is the output
+        return _decode(x[0], weight, bias, activation, conv_state, step.first_slot, slots)[None]
+    if len(chunks) == 1 and chunks[0].size == T:  # the step of one prompt: likewise
+        return _prefill(x[0], weight, bias, activation, conv_state[chunks[0].slot])[None]
+    out = x.new_empty(x.shape)
+    if step.decodes:
+        out[0, : step.decodes] = _decode(x[0, : step.decodes], weight, bias, activation, conv_state, step.first_slot, slots)
+    for chunk in chunks:
+        rows = slice(chunk.token, chunk.token + chunk.size)
+        out[0, rows] = _prefill(x[0, rows], weight, bias, activation, conv_state[chunk.slot])
+    out[0, step.tokens :].zero_()
+    return out
+
+
+def _decode(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    conv_state: torch.Tensor,
+    first_slot: int,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """One token of n sequences: x [n, C] -> [n, C]. Their states lie from `first_slot` on or, if that is NONE, in `slots`."""
+    count = x.shape[0]
+    chosen = slots[:count]
+    before = conv_state[first_slot : first_slot + count] if first_slot != NONE else conv_state.index_select(0, chosen)
+    window = torch.cat([before, x[:, None]], 1)  # [n, K, C]
+    if first_slot != NONE:
+        before.copy_(window[:, 1:])
+    else:
+        conv_state.index_copy_(0, chosen, window[:, 1:])
+    return filtered(window, weight, bias, activation)[:, 0].to(x.dtype)
+
+
+def _prefill(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, state: torch.Tensor) -> torch.Tensor:
+    """The next tokens of one sequence: x [m, C] -> [m, C]. Moves its state [K - 1, C] on."""
+    window = torch.cat([state, x])
+    state.copy_(window[x.shape[0] :])
+    return filtered(window, weight, bias, activation).to(x.dtype)
+
+
+def _fake(x: torch.Tensor, *_: object) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
+causal_conv1d_torch = define_op(SCHEMA, _causal_conv1d, _fake)
+
+
+class TorchSlots(Kernel):
+    """The reference that also has to be fast: decodes of all sequences are one update."""
+
+    name = "conv.causal.torch"
+    target = OP
+    op = "ad_conv::causal_conv1d_torch"
+    dtypes = frozenset({"float32", "bfloat16", "float16", "float64"})
+    graph = "never"
+
+    def supports(self, call: OpCall, environment: Environment) -> Declined | None:
+        if call["activation"] not in ACTIVATIONS:
+            return Declined(f"it has no activation {call['activation']!r}")
+        return None
+
+    def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
+        return plan_buffers(limits)
+
+    def prepare(self, batch: BatchView, call: OpCall, out: Mapping[str, torch.Tensor]) -> None:
+        plan_step(batch, out)

@@ -1,0 +1,1 @@
+"""The canonical ops of the two generations of Mamba."""
