@@ -1,4 +1,5 @@
-"""The kit: a plugin's test subclasses `MixerConformance`, and every check runs on every kernel and case.
+"""The kit: a plugin's test subclasses `MixerConformance` (`OpConformance` for an op without memory), and every check that concerns
+it runs on every kernel and case.
 
     class TestAttention(MixerConformance):
         mixer = "ad_toy.mixer:Mix"
@@ -20,14 +21,14 @@ from typing import Any, ClassVar
 import pytest
 from packaging.requirements import Requirement
 
-from ad_core.api import Declined, Kernel, Mixer
+from ad_core.api import CanonicalOp, Declined, Kernel
 from ad_core.api.errors import ConfigError
 from ad_core.testing import kernel_checks, op_checks
 from ad_core.testing.cases import Case
 from ad_core.testing.subject import Subject
 
 OP_CHECKS: dict[str, Callable[[Subject], None]] = {
-    check.__name__: check for check in (op_checks.schema, op_checks.fake, op_checks.causality, op_checks.float64)
+    check.__name__: check for check in (op_checks.schema, op_checks.fake, op_checks.causality, op_checks.tokens_apart, op_checks.float64)
 }
 
 
@@ -45,18 +46,32 @@ class Report:
         return {name.split("[", 1)[0] for name in self.failed}
 
 
-def run_checks(mixer: Mixer, cases: Sequence[Case], kernels: Sequence[Kernel] | None = None, *, device: str = "cpu") -> Report:
+def run_checks(mixer: CanonicalOp, cases: Sequence[Case], kernels: Sequence[Kernel] | None = None, *, device: str = "cpu") -> Report:
     """Every check without pytest: for notebooks, and for tests of the kit itself."""
     report = Report()
     for case in cases:
         for name, check in OP_CHECKS.items():
-            _record(report, f"op_{name}[{case.name}]", check, Subject(mixer, case, None, device, _interpreting()))
+            subject = Subject(mixer, case, None, device, _interpreting())
+            if _concerns(f"op_{name}", subject):
+                _record(report, f"op_{name}[{case.name}]", check, subject)
         for kernel in mixer.kernels if kernels is None else kernels:
             for name, check in kernel_checks.KERNEL_CHECKS.items():
                 subject = Subject(mixer, case, kernel, device, _interpreting())
-                if name != "window" or subject.windowed:
+                if _concerns(name, subject):
                     _record(report, f"{name}[{kernel.name}-{case.name}]", check, subject)
     return report
+
+
+def _concerns(check: str, subject: Subject) -> bool:
+    """Whether the check asks something of the subject: some ask about one kind of memory, or about having none."""
+    match check:
+        case "window":
+            return subject.windowed
+        case "op_tokens_apart":
+            return not subject.remembers
+        case "page_boundary" | "permutation":
+            return subject.remembers
+    return True
 
 
 def _record(report: Report, name: str, check: Callable[[Subject], None], subject: Subject) -> None:
@@ -117,7 +132,7 @@ class MixerConformance:
     min_checks: ClassVar[int] = 1
 
     _generated: ClassVar[int] = 0
-    _found: ClassVar[tuple[Mixer, Sequence[Case]]]
+    _found: ClassVar[tuple[CanonicalOp, Sequence[Case]]]
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         """One test a case for checks of the op; one a kernel and case for checks of kernels."""
@@ -128,26 +143,27 @@ class MixerConformance:
         method = metafunc.function.__name__
         subjects, ids = [], []
         if method.startswith("test_op_"):
-            subjects = [Subject(mixer, case, None, kind.device, _interpreting()) for case in cases]
-            ids = [case.name for case in cases]
+            every = [Subject(mixer, case, None, kind.device, _interpreting()) for case in cases]
+            subjects = [subject for subject in every if _concerns(method.removeprefix("test_"), subject)]
+            ids = [subject.case.name for subject in subjects]
         else:
             for kernel in self._kernels(mixer):
                 for case in cases:
                     subject = Subject(mixer, case, kernel, kind.device, _interpreting())
-                    if method != "test_window" or subject.windowed:
+                    if _concerns(method.removeprefix("test_"), subject):
                         subjects.append(subject)
                         ids.append(f"{kernel.name}-{case.name}")
         kind._generated += len(subjects)
         metafunc.parametrize("subject", subjects, ids=ids)
 
     @classmethod
-    def _resolved(cls) -> tuple[Mixer, Sequence[Case]]:
+    def _resolved(cls) -> tuple[CanonicalOp, Sequence[Case]]:
         if "_found" not in cls.__dict__:
             cls._found = (_resolve(cls.mixer), _resolve(cls.cases))
         return cls._found
 
     @classmethod
-    def _kernels(cls, mixer: Mixer) -> list[Kernel]:
+    def _kernels(cls, mixer: CanonicalOp) -> list[Kernel]:
         named = [kernel for kernel in mixer.kernels if cls.kernels is None or kernel.name in cls.kernels]
         for name in cls.kernels or ():
             if name not in {kernel.name for kernel in named}:
@@ -180,6 +196,9 @@ class MixerConformance:
 
     def test_op_causality(self, subject: Subject) -> None:
         op_checks.causality(subject)
+
+    def test_op_tokens_apart(self, subject: Subject) -> None:
+        op_checks.tokens_apart(subject)
 
     def test_op_float64(self, subject: Subject) -> None:
         op_checks.float64(subject)
@@ -232,3 +251,15 @@ class MixerConformance:
     def test_enough_checks_exist(self) -> None:
         """Of the whole class, whatever was selected: a kernel or a case that disappears must not go unnoticed."""
         assert type(self)._generated >= self.min_checks, f"{type(self)._generated} checks were generated, {self.min_checks} are promised"
+
+
+class OpConformance(MixerConformance):
+    """The same for a canonical op without memory: `op` names it, in the place of `mixer`. Packed batches drive its kernels too."""
+
+    op: ClassVar[Any]
+
+    @classmethod
+    def _resolved(cls) -> tuple[CanonicalOp, Sequence[Case]]:
+        if "_found" not in cls.__dict__:
+            cls._found = (_resolve(cls.op), _resolve(cls.cases))
+        return cls._found

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 
-from ad_core.api import Environment, Kernel, Limits, Mixer, PagedTokens, Resource, Role
+from ad_core.api import CanonicalOp, Environment, Kernel, Limits, Mixer, PagedTokens, Resource, Role
 from ad_core.api.batch import FIELDS
 from ad_core.cache.batch import Batch, BatchBuilder, GroupView, Row
 from ad_core.cache.binding import bind_by_name
@@ -61,7 +61,7 @@ class Bound:
 
 
 class Harness:
-    """One mixer call run by one kernel.
+    """One call of a mixer, or of an op without memory, run by one kernel.
 
     Owns the pools (NaN at first, null page and slot too), the kernel's buffers (poisoned at first) and the pages of its
     sequences; pages and slots are dealt out in the order of `seed`. Pages that a window has left are taken away from their
@@ -70,7 +70,7 @@ class Harness:
 
     def __init__(
         self,
-        mixer: Mixer,
+        mixer: CanonicalOp,
         kernel: Kernel,
         case: Case,
         *,
@@ -88,7 +88,7 @@ class Harness:
         self.data = on_device(case.arguments(sequences, length, dtype, data_seed), self.device)
         self.call = symbolic_call(mixer, case, dtype, device)
         self.limits = Limits(sequences * length + 16, sequences + 4, length, page_size)
-        self.resources: Mapping[str, Resource] = mixer.resources(self.call, case.options)
+        self.resources: Mapping[str, Resource] = mixer.resources(self.call, case.options) if isinstance(mixer, Mixer) else {}
         self.windows = {r.window for r in self.resources.values() if isinstance(r, PagedTokens)}
         assert len(self.windows) <= 1, f"paged resources of one call must have one window, not {self.windows}"
         num_pages, num_slots = sequences * self.limits.max_pages + 3, sequences + 3

@@ -130,7 +130,7 @@ def permutation(subject: Subject) -> None:
 
 
 def padding(subject: Subject) -> None:
-    """Tokens past the last sequence and sequences without tokens: zeros come out, and live sequences do not notice."""
+    """Tokens past the last sequence and sequences without tokens: zeros come out of a mixer, and live sequences do not notice."""
     for work in ([(0, 1)], [(0, 1), (1, 1), (2, 5)], [(0, 8), (1, 3)]):
         harness = subject.harness()
         expected = subject.expected(harness)
@@ -139,7 +139,7 @@ def padding(subject: Subject) -> None:
             bound = harness.bind(work, pad_tokens=pads[0], pad_sequences=pads[1])
             before = {name: pool.clone() for name, pool in harness.pools.items()}
             results = harness.run(bound)
-            for result in results:
+            for result in results if subject.remembers else ():  # without memory a padded row is computed like any other, and not read
                 subject.equal(
                     int(result[0, bound.num_tokens :].count_nonzero()), 0, f"values other than zero in padded rows, padding {pads}"
                 )

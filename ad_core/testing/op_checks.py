@@ -65,6 +65,23 @@ def causality(subject: Subject) -> None:
         subject.close(tuple(x[:, :cut] for x in after), [x[:, :cut] for x in before], f"tokens before {cut} after a change from there on")
 
 
+def tokens_apart(subject: Subject) -> None:
+    """Of an op without memory: what a token gets depends on that token alone. In another order, or among others, it gets the same."""
+    arguments = subject.arguments(2, 13)
+    results = invoke(subject.mixer.op, arguments)
+
+    def chosen(order: torch.Tensor) -> dict[str, Any]:
+        roles = subject.mixer.roles
+        return {
+            name: value[:, order] if isinstance(value, torch.Tensor) and roles[name] == Role.TOKEN else value
+            for name, value in arguments.items()
+        }
+
+    orders = {"in reverse": torch.arange(12, -1, -1), "repeated": torch.tensor([3, 3, 8]), "one alone": torch.tensor([5])}
+    for name, order in orders.items():
+        subject.close(invoke(subject.mixer.op, chosen(order)), [result[:, order] for result in results], f"tokens {name}")
+
+
 def float64(subject: Subject) -> None:
     """Each dtype is as close to float64 as it can be expected to be; and float64 is float64, or it would be no oracle."""
     exact = in_float64(subject.arguments(2, 24))

@@ -1,4 +1,4 @@
-"""What a check looks at: a mixer, one case, one kernel; and how it compares."""
+"""What a check looks at: a mixer or an op without memory, one case, one kernel; and how it compares."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ad_core.api import Declined, Environment, Kernel, Mixer, PagedTokens
+from ad_core.api import CanonicalOp, Declined, Environment, Kernel, Mixer, PagedTokens
 from ad_core.testing.calls import invoke, on_device, symbolic_call
 from ad_core.testing.cases import Case, in_float64
 from ad_core.testing.harness import Harness, Outputs
@@ -19,7 +19,7 @@ from ad_core.testing.harness import Harness, Outputs
 class Subject:
     """`kernel` is None for the checks of the canonical op. `compared` counts comparisons: a check that made none proves nothing."""
 
-    mixer: Mixer
+    mixer: CanonicalOp
     case: Case
     kernel: Kernel | None = None
     device: str = "cpu"
@@ -38,8 +38,15 @@ class Subject:
         return self.kernel.supports(symbolic_call(self.mixer, self.case, dtype, self.device), self.environment())
 
     @property
+    def remembers(self) -> bool:
+        """Is it a mixer, which keeps memory between steps?"""
+        return isinstance(self.mixer, Mixer)
+
+    @property
     def windowed(self) -> bool:
         """Does the case keep tokens in a window only?"""
+        if not isinstance(self.mixer, Mixer):
+            return False
         resources = self.mixer.resources(symbolic_call(self.mixer, self.case, torch.float32, self.device), self.case.options)
         return any(isinstance(resource, PagedTokens) and resource.window is not None for resource in resources.values())
 

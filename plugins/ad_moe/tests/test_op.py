@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -10,11 +12,11 @@ from ad_core.testing.calls import invoke
 from ad_core.testing.cases import in_float64
 from ad_moe import plugin
 from ad_moe.gating import ACTIVATIONS, Gating
-from ad_moe.testing import CASES, case
+from ad_moe.testing import CASES, LINEAR_CASES, case
 
 from .oracle import experts
 
-(EXPERTS,) = plugin.ad_ops()
+EXPERTS, LINEAR = plugin.ad_ops()
 KERNEL = torch.ops.ad_moe.moe_torch.default
 EVERY_GATE = [case(f"act_{name}", activation=name, layout=layout) for name in ACTIVATIONS for layout in ("none", "concatenated")]
 
@@ -70,3 +72,15 @@ def test_weights_of_another_dtype_are_not_rounded_to_that_of_the_tokens():
 def test_an_activation_that_is_not_known_is_an_error():
     with pytest.raises(ValueError, match="swoosh"):
         Gating("swoosh")(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("each", **named(LINEAR_CASES))
+@pytest.mark.parametrize("op", [LINEAR.op, torch.ops.ad_moe.routed_linear_torch.default], ids=["canonical", "kernel"])
+def test_a_routed_linear_is_each_choice_times_its_experts_weight(op, each):
+    arguments = in_float64(each.arguments(2, 7, torch.float32))
+    tokens, selected, weight = (arguments[name] for name in ("tokens", "selected", "weight"))
+    (result,) = invoke(op, arguments)
+    for b, s, k in itertools.product(*map(range, selected.shape)):
+        token, expert = tokens[b, s, k] if tokens.dim() == 4 else tokens[b, s], int(selected[b, s, k])
+        wanted = weight[expert] @ token if expert < len(weight) else torch.zeros(weight.shape[1], dtype=torch.float64)
+        torch.testing.assert_close(result[b, s, k], wanted, rtol=1e-9, atol=1e-10)

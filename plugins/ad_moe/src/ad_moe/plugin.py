@@ -15,6 +15,6 @@ INFO = PluginInfo(name="moe", api=(1, 0), op_namespaces=("ad_moe",), summary="ro
 
 @hookimpl
 def ad_ops() -> Sequence[CanonicalOp]:
-    from ad_moe.moe import Experts
+    from ad_moe.moe import Experts, RoutedLinear
 
-    return [Experts()]
+    return [Experts(), RoutedLinear()]

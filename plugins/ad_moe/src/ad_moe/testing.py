@@ -80,3 +80,20 @@ CASES = [
     case("other_width", output=24),
     case("stray_choices", stray=True, choices=3),
 ]
+
+
+def linear_case(name: str, *, choices: int = 2, apart: bool = False, stray: bool = False) -> Case:
+    """One projection from 16 to 12. `apart`: every choice brings a token of its own."""
+
+    def make(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
+        shape = (batch, length, choices, 16) if apart else (batch, length, 16)
+        return {
+            "tokens": torch.randn(shape, generator=generator).to(dtype),
+            "selected": torch.rand(batch, length, 5, generator=generator).topk(choices, -1).indices + (2 if stray else 0),
+            "weight": (torch.randn(5, 12, 16, generator=generator) / 4).to(dtype),
+        }
+
+    return Case(name, make)
+
+
+LINEAR_CASES = [linear_case("shared"), linear_case("apart", apart=True), linear_case("stray", stray=True, choices=3)]
