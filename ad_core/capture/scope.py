@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextmanager
@@ -45,6 +48,41 @@ def inference_form(module: nn.Module) -> Iterator[None]:
             if vars(config).get("use_cache"):
                 vars(config)["use_cache"] = False
         yield
+
+
+@contextmanager
+def tensors_kept(module: nn.Module) -> Iterator[None]:
+    """Puts back what parameters and buffers held, if a forward in here wrote to them in place (some models rescale their weights
+    before their first answer). Only tensors that are written to are copied."""
+    keeper = _Keeper([*module.parameters(), *module.buffers()])
+    try:
+        with keeper:
+            yield
+    finally:
+        with torch.no_grad():
+            for tensor, content in keeper.kept.values():
+                tensor.copy_(content)
+
+
+class _Keeper(TorchDispatchMode):
+    """Copies each of `tensors` just before an op first writes to it, or to a view of it."""
+
+    def __init__(self, tensors: list[torch.Tensor]):
+        super().__init__()
+        self.tensors = {tensor.untyped_storage()._cdata: tensor for tensor in tensors}
+        self.kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for position, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is None or not argument.alias_info.is_write:
+                    continue
+                for value in pytree.tree_leaves(kwargs.get(argument.name, args[position] if position < len(args) else None)):
+                    key = value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+                    if key is not None and key in self.tensors and key not in self.kept:
+                        self.kept[key] = self.tensors[key], self.tensors[key].detach().clone()
+        return func(*args, **kwargs)
 
 
 def configurations(module: nn.Module) -> list[Any]:

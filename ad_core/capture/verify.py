@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from ad_core.api.errors import CaptureError, CheckpointError
 from ad_core.capture.forward import LogitsOnly
-from ad_core.capture.scope import inference_form
+from ad_core.capture.scope import inference_form, tensors_kept
 from ad_core.graph.ops import qualified_name
 from ad_core.graph.tokens import MixingNode, find_mixing
 
@@ -63,7 +63,7 @@ class Reference:
         if not self._logits:
             device = next((tensor.device for tensor in [*self.module.parameters(), *self.module.buffers()]), torch.device("cpu"))
             plain = LogitsOnly(self.module)
-            with inference_form(self.module), torch.no_grad():
+            with inference_form(self.module), tensors_kept(self.module), torch.no_grad():
                 for batch, length in SHAPES:
                     ids = _ids(batch, min(length, self.max_length or length), vocabulary, self.special_ids)
                     self._logits.append((ids, plain(ids.to(device)).float().cpu()))

@@ -1,1 +1,1 @@
-"""Kernels, one file a backend."""
+"""The cached forms of the canonical ops, one file a backend."""
