@@ -91,13 +91,19 @@ CONFIGS: dict[str, dict[str, Any]] = {
 """Every type of transformers that has routed experts and no other mixer than softmax attention, found and built by tests."""
 
 
-def tiny(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
-    """A model of the type in float32, in eval mode: the same weights at every call. `changes` go to its configuration."""
+def plain(kind: str, **changes: Any) -> nn.Module:
+    """A model of the type as transformers builds it, in eval mode, on the device that is set."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     config = CONFIG_MAPPING[kind](**copy.deepcopy({**_COMMON, **CONFIGS[kind], **changes}))
-    torch.manual_seed(seed)
     model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    return model
+
+
+def tiny(kind: str, seed: int = 0, **changes: Any) -> nn.Module:
+    """A model of the type in float32, in eval mode: the same weights at every call. `changes` go to its configuration."""
+    torch.manual_seed(seed)
+    model = plain(kind, **changes)
     noise = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         corrections = [buffer for name, buffer in model.named_buffers() if "bias" in name]

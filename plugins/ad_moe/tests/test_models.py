@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import ad_core
 from ad_core import LLM, SamplingParams
 
 from .models import CONFIGS, ids, logits_of, tiny
@@ -46,3 +47,14 @@ def test_ragged_prompts_in_chunks_give_the_tokens_of_full_recompute(kind):
         assert found["ad_moe::moe"] >= 1
         assert llm.plan.attempts[0].accepted, llm.plan.attempts
         check_answers(module, llm)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_from_disk_gives_the_modules_logits(kind, tmp_path):
+    """Experts are stored one by one, under names that are not the module's."""
+    module = tiny(kind)
+    module.save_pretrained(tmp_path)
+    prompt = torch.tensor([ids(33)])
+    compiled = ad_core.compile(tmp_path, verify=False, allow_plugins=["attention", "moe"])
+    wanted = logits_of(module, prompt[0].tolist())
+    torch.testing.assert_close(compiled(prompt)[0], wanted, rtol=1e-4, atol=1e-4 * float(wanted.abs().max()))
