@@ -182,7 +182,11 @@ def build_module(config: Any, dtype: torch.dtype, trust_remote_code: bool, where
 
     try:
         with torch.device(device):
-            module: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            named = None if type(config) in AutoModelForCausalLM._model_mapping else _named_class(config)
+            if named is not None:
+                module: nn.Module = named._from_config(config, dtype=dtype)
+            else:
+                module = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except Exception as error:  # the constructor of any model, the author's own code among them
         kind = getattr(config, "model_type", None)
         raise UnknownModelError(
@@ -193,6 +197,22 @@ def build_module(config: Any, dtype: torch.dtype, trust_remote_code: bool, where
         ) from error
     _keep_in_float32(module, dtype)
     return module.eval().requires_grad_(False)
+
+
+def _named_class(config: Any) -> Any | None:
+    """The class of transformers that the configuration itself names, if it generates text from it: the one that a part of a larger model
+    was saved as, whose own type the library lists nowhere."""
+    import transformers
+
+    for name in getattr(config, "architectures", None) or ():
+        kind = getattr(transformers, name, None)
+        if (
+            isinstance(kind, type)
+            and issubclass(kind, transformers.GenerationMixin)
+            and getattr(kind, "config_class", None) is type(config)
+        ):
+            return kind
+    return None
 
 
 def _keep_in_float32(module: nn.Module, dtype: torch.dtype) -> None:

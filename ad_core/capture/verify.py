@@ -49,6 +49,10 @@ def verify_structure(
     return find_mixing(graph, ops)
 
 
+class NumbersError(CaptureError):
+    """The graph's logits are not the module's."""
+
+
 @dataclass
 class Reference:
     """The logits of the unpatched module at every shape, computed once, with ids alone: its positions are its own."""
@@ -69,6 +73,17 @@ class Reference:
                     self._logits.append((ids, plain(ids.to(device)).float().cpu()))
         return self._logits
 
+    def counts_from_zero(self, vocabulary: int) -> bool:
+        """Whether the module gives the same logits when it is told that positions are 0, 1, 2 ..."""
+        ids, wanted = self.logits(vocabulary)[1]
+        plain = LogitsOnly(self.module)
+        if not plain.form.positions:
+            return True
+        device = next((tensor.device for tensor in [*self.module.parameters(), *self.module.buffers()]), torch.device("cpu"))
+        with inference_form(self.module), torch.no_grad():
+            told = plain(ids.to(device), torch.arange(ids.shape[1], device=device).expand_as(ids)).float().cpu()
+        return _difference(told, wanted, torch.float32) <= _TOLERANCE[torch.bfloat16]
+
 
 @dataclass(frozen=True)
 class Agreement:
@@ -87,7 +102,7 @@ def verify_numbers(graph: GraphModule, reference: Reference, dtype: torch.dtype,
     names = [str(node.target) for node in graph.graph.nodes if node.op == "placeholder"]
     allowed = _TOLERANCE.get(dtype, 4e-2)
     worst = 0.0
-    for ids, wanted in reference.logits(_vocabulary(graph)):
+    for ids, wanted in reference.logits(vocabulary_of(graph)):
         if wanted.isnan().any():
             raise CheckpointError(
                 "the module's own logits are not numbers",
@@ -100,7 +115,7 @@ def verify_numbers(graph: GraphModule, reference: Reference, dtype: torch.dtype,
             logits = graph(*(values[name] for name in names)).float().cpu()
         difference = _difference(logits, wanted, dtype)
         if not difference <= allowed:  # not a number counts as different
-            raise CaptureError(
+            raise NumbersError(
                 f"the graph's logits differ from the module's at batch {ids.shape[0]}, length {ids.shape[1]}",
                 why=f"the relative difference is {difference:.2g}, and {allowed:.0e} is allowed in {str(dtype).removeprefix('torch.')}",
                 hint="the capture missed something that the model computes",
@@ -127,7 +142,7 @@ def _ids(batch: int, length: int, vocabulary: int, special: frozenset[int]) -> t
     return ids
 
 
-def _vocabulary(graph: GraphModule) -> int:
+def vocabulary_of(graph: GraphModule) -> int:
     """Ids below this are sure to be in the embedding: the first table that is looked up by the ids, else the width of the logits."""
     for node in graph.graph.nodes:
         if node.op == "placeholder" and node.target == "input_ids":

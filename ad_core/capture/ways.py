@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ad_core.capture.matching import Matched, apply_matchers
 from ad_core.capture.scope import configurations
 from ad_core.capture.seams import opened, reaching
 from ad_core.capture.source import ModelSource
-from ad_core.capture.verify import SIZE_LIMIT, Reference, verify_numbers, verify_structure
+from ad_core.capture.verify import SIZE_LIMIT, NumbersError, Reference, verify_numbers, verify_structure, vocabulary_of
 from ad_core.capture.weights import Progress, place_weights
 from ad_core.graph.calls import module_class, module_path
 from ad_core.graph.edit import set_tensor, tensors_read
@@ -39,6 +39,8 @@ class Way:
     name: str
     opened: Callable[[Entries], AbstractContextManager[None]]
     seams: dict[str, str] = field(default_factory=dict, hash=False)
+    give_positions: bool = True
+    """Whether the module is given `position_ids` or left to its own."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,9 @@ def capture(
     compare = source.nbytes <= size_limit if verify is None else verify
     reference = None
     failures: list[tuple[str, Exception]] = []
-    for way in _ways(source, seams, plan, failures):
+    ways = list(reversed(list(_ways(source, seams, plan, failures))))
+    while ways:
+        way = ways.pop()
         marks = len(plan.passes), len(plan.decisions)
         entries, no_hope = Entries(), False
         try:
@@ -101,6 +105,9 @@ def capture(
             del plan.passes[marks[0] :], plan.decisions[marks[1] :]
             failures.append((way.name, error))
             plan.attempts.append(Attempt(way.name, False, _reason(error)))
+            told = way.give_positions and isinstance(error, NumbersError) and reference is not None
+            if told and not reference.counts_from_zero(vocabulary_of(graph)):  # type: ignore[union-attr]
+                ways.append(replace(way, name=f"{way.name}, its own positions", give_positions=False))
             if no_hope:
                 break
             continue
@@ -122,7 +129,9 @@ def _one_way(
     plan: Plan,
 ) -> tuple[GraphModule, Exported, Matched]:
     with plan.phase("export"), way.opened(entries):
-        exported = export_module(source.module, device=device, max_length=source.max_model_len, entries=entries)
+        exported = export_module(
+            source.module, device=device, max_length=source.max_model_len, give_positions=way.give_positions, entries=entries
+        )
     with plan.phase("match"):
         if clean is not None:
             clean(exported.graph)

@@ -9,6 +9,7 @@ from ad_core.passes.devices import SetDevices
 from ad_core.passes.duplicates import MergeDuplicates
 from ad_core.passes.functional import MakeFunctional
 from ad_core.passes.output_rows import GatherOutputRows
+from ad_core.passes.padding import NoPadding
 from ad_core.passes.positions import OwnPositions
 from ad_core.passes.prepack import PrepackLinears
 from ad_core.passes.transposes import CancelTransposes
@@ -16,7 +17,16 @@ from ad_core.passes.transposes import CancelTransposes
 
 def clean_passes() -> list[Pass]:
     """What makes the graph of an export canonical."""
-    return [SetDevices(), RemoveAsserts(), MakeFunctional(), RemoveNoOps(), CancelTransposes(), OwnPositions(), MergeDuplicates()]
+    return [
+        SetDevices(),
+        RemoveAsserts(),
+        MakeFunctional(),
+        RemoveNoOps(),
+        CancelTransposes(),
+        NoPadding(),
+        OwnPositions(),
+        MergeDuplicates(),
+    ]
 
 
 def engine_passes() -> list[Pass]:

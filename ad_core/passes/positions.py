@@ -52,9 +52,18 @@ class OwnPositions(Pass):
 def _evaluate(graph: GraphModule, sizes: Sizes) -> dict[Node, int]:
     """Nodes made of sizes and constants alone that equal arange + offset, with that offset."""
     both = (sizes, sizes.other_length())
+    found: dict[Node, int] = {}
+    for node, values in size_values(graph, both).items():
+        offset = _offset(values, both) if _positions_shape(node.meta["val"]) else None
+        if offset is not None:
+            found[node] = offset
+    return found
+
+
+def size_values(graph: GraphModule, both: tuple[Sizes, Sizes]) -> dict[Node, list[Any]]:
+    """The values, at two lengths, of the nodes that are made of sizes and constants alone."""
     live = live_nodes(graph.graph)
     values: dict[Node, list[Any]] = {}
-    found: dict[Node, int] = {}
     for node in graph.graph.nodes:
         if node not in live or node.op != "call_function" or node.meta.get("val") is None or mutates(node):
             continue
@@ -68,11 +77,7 @@ def _evaluate(graph: GraphModule, sizes: Sizes) -> dict[Node, int]:
             values[node] = [_call(node, {parent: values[parent][index] for parent in node.all_input_nodes}) for index in (0, 1)]
         except Exception:  # an op may refuse for any reason; then its value is not known, and what follows from it neither
             values.pop(node, None)
-            continue
-        offset = _offset(values[node], both) if _positions_shape(value) else None
-        if offset is not None:
-            found[node] = offset
-    return found
+    return values
 
 
 def _call(node: Node, values: Mapping[Node, Any]) -> Any:
