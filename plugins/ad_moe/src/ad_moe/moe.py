@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from ad_core.api import CanonicalOp, ShardRule
 from ad_moe.kernels.torch_ref import TorchExperts, TorchRoutedLinear
+from ad_moe.kernels.triton_moe import TritonExperts
 from ad_moe.linear import LINEAR_ROLES, routed_linear
 from ad_moe.match import LINEAR_SEAMS, SEAMS
 from ad_moe.op import ROLES, moe
@@ -19,7 +20,7 @@ class Experts(CanonicalOp):
     op = moe
     roles = ROLES
     matchers = SEAMS
-    kernels = (TorchExperts(),)
+    kernels = (TorchExperts(), TritonExperts())
 
     def shard_rules(self) -> Sequence[ShardRule]:
         return (EXPERTS,)
