@@ -1,7 +1,8 @@
 """From the names and layouts of a checkpoint to those of the module, by transformers' own tables.
 
 In transformers 5 these differ: experts are stored one by one and kept stacked, projections are renamed, fused or split. The tables
-(`transformers.conversion_mapping`) say how; here they are applied to one target at a time, so that only its sources are in memory.
+(`transformers.conversion_mapping`) say how; here they are applied to one target at a time, so that only its sources are in memory. Stacks
+are built in place (`ad_core.capture.stacks`), from one source at a time.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from ad_core.api.errors import CheckpointError
+from ad_core.capture.stacks import stacked
 from ad_core.capture.ties import tied_groups
 
 
@@ -98,6 +100,11 @@ class Conversion:
         dtype = self._slots[target.name].dtype
         if target.transform is None:
             yield target.name, self._read(target.sources[-1][2], target.name, dtype)
+            return
+        whole = stacked(target.transform, target.sources, self._slots[target.name])
+        if whole is not None:
+            target.sources.clear()
+            yield target.name, whole
             return
         for pattern, key, tensor in target.sources:
             # read when its turn comes: the converter calls it
