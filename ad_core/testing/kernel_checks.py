@@ -47,7 +47,8 @@ def supports(subject: Subject) -> None:
         assert answer is None, f"supports must return None or Declined, not {answer!r}"
         harness = subject.harness(dtype=dtype, sequences=2, length=8)
         for result in harness.step([(0, 1), (1, 7)])[1]:
-            subject.equal(result.dtype, dtype, "the result's dtype")
+            if result.is_floating_point():
+                subject.equal(result.dtype, dtype, "the result's dtype")
             assert bool(result.isfinite().all()), f"{name} is accepted and gives values that are not finite"
 
 

@@ -87,13 +87,15 @@ def float64(subject: Subject) -> None:
     exact = in_float64(subject.arguments(2, 24))
     nudged = map_tensors(lambda tensor: tensor * (1 + 2**-30) if tensor.is_floating_point() else tensor, exact)
     for one, two in zip(invoke(subject.mixer.op, exact), invoke(subject.mixer.op, nudged), strict=True):
+        if not one.is_floating_point():  # a choice, say, which has no precision
+            continue
         subject.equal(
             torch.equal(one, two), False, "float64 arguments that differ by 1e-9 give equal results, as if computed in lower precision"
         )
     for dtype in map(dtype_of, HALVES):
         arguments = subject.arguments(2, 24, dtype)
         results = invoke(subject.mixer.op, arguments)
-        subject.equal({result.dtype for result in results}, {dtype}, "the result's dtype")
+        subject.equal({result.dtype for result in results if result.is_floating_point()} - {dtype}, set(), "other dtypes of results")
         subject.close(results, invoke(subject.mixer.op, in_float64(arguments)), f"{dtype} against float64", dtype)
 
 

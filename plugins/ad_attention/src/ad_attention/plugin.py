@@ -17,8 +17,9 @@ INFO = PluginInfo(name="attention", api=(1, 0), op_namespaces=("ad_attention",),
 def ad_mixers() -> Sequence[Mixer]:
     from ad_attention.latent.mixer import LatentAttention
     from ad_attention.mixer import Attention
+    from ad_attention.sparse.mixer import Select, Selected
 
-    return [Attention(), LatentAttention()]
+    return [Attention(), LatentAttention(), Select(), Selected()]
 
 
 @hookimpl

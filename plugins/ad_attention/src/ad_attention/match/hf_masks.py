@@ -3,20 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    import torch
 
 _WHY = "which is only a description while attention is captured through the seam"
 
 
 class MaskDescription:
     """A causal mask, with its window (`j > i - window`) or chunk (`j // chunk == i // chunk`); or the `problem` why it is no such mask.
+    `at` is the length and the device of the tensor that it stands for.
 
     Models only hand it on to their attention. One that computes on it gets a TypeError or an AttributeError that says so: it would
-    otherwise be captured without what it does to its mask.
+    otherwise be captured without what it does to its mask. One that takes a part of it gets the real thing, for something else than
+    its attention: an indexer that chooses among the keys. If that is no mixer that we know, its tokens still mix in the graph.
     """
 
-    def __init__(self, window: int | None = None, chunk: int | None = None, problem: str | None = None):
+    def __init__(
+        self, window: int | None = None, chunk: int | None = None, problem: str | None = None, length: Any = None, device: Any = None
+    ):
         self.window, self.chunk, self.problem = window, chunk, problem
+        self.length, self.device = length, device
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        """A part of the mask as a tensor [1, 1, S, S] bool, true where a key is seen."""
+        import torch
+
+        if self.problem is not None or self._at is None:
+            raise TypeError(f"the model takes a part of its attention mask, {_WHY} ({self.problem})")
+        keys = torch.arange(self._at[0], device=self._at[1])
+        queries = keys[:, None]
+        seen = keys <= queries
+        if self.window is not None:
+            seen = seen & (keys > queries - self.window)
+        if self.chunk is not None:
+            seen = seen & (keys // self.chunk == queries // self.chunk)
+        return seen[None, None][index]
 
     def to(self, *args: Any, **kwargs: Any) -> MaskDescription:
         """Itself: a description has no device and no dtype."""
@@ -38,7 +61,7 @@ def _refuse(name: str) -> Callable[..., NoReturn]:
 
 
 _BINARY = "add sub mul truediv floordiv mod pow matmul and or xor".split()
-_OTHERS = "neg pos abs invert bool len iter getitem setitem eq ne lt le gt ge".split()
+_OTHERS = "neg pos abs invert bool len iter setitem eq ne lt le gt ge".split()
 for _name in [side + name for name in _BINARY for side in ("", "r", "i")] + _OTHERS:
     setattr(MaskDescription, f"__{_name}__", _refuse(f"__{_name}__"))
 
@@ -69,7 +92,7 @@ def describe_mask(
         return MaskDescription(problem="the model masks tokens by a padding mask of its own")
     if "causal" not in parts:
         return MaskDescription(problem="it is not causal")
-    return MaskDescription(parts.get("window"), parts.get("chunk"))
+    return MaskDescription(parts.get("window"), parts.get("chunk"), at=(q_length, options.get("device")))
 
 
 class _UnknownMask(Exception):

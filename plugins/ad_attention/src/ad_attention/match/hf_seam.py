@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from types import CodeType, FunctionType, NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 OP = "ad_attention::attention"
+SELECTED = "ad_attention::selected"
 
 HARMLESS = frozenset(
     {
@@ -153,18 +155,25 @@ def _attention_function(module: nn.Module, entered: Callable[[str], None]) -> Ca
         s_aux: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
         is_causal: bool | None = None,
+        indices: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """query [B, H, S, D], key [B, G, S, D], value [B, G, S, Dv], after rope -> [B, S, H, Dv]."""
         where = f"{paths.get(id(part), '?')} ({type(part).__name__})"
         sinks = s_aux if s_aux is not None else sinks
         mask = _checked(where, query, key, value, attention_mask, scaling, sliding_window, is_causal, sinks, others)
+        scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+        if indices is not None:
+            if mask.window or mask.chunk or softcap:
+                raise _refusal(where, "it chooses its keys and has a window, chunks or a soft-cap besides")
+            entered(SELECTED)
+            return find_op(SELECTED)(*(x.transpose(1, 2) for x in (query, key, value)), indices, scale=scale, sinks=sinks), None
         entered(OP)
         result = op(
             query.transpose(1, 2),
             key.transpose(1, 2),
             value.transpose(1, 2),
-            scale=float(scaling) if scaling is not None else query.shape[-1] ** -0.5,
+            scale=scale,
             window=mask.window,
             chunk=mask.chunk,
             softcap=float(softcap) if softcap else None,
@@ -173,6 +182,15 @@ def _attention_function(module: nn.Module, entered: Callable[[str], None]) -> Ca
         return result, None
 
     return attention
+
+
+def _refusal(where: str, why: str) -> CaptureError:
+    return CaptureError(
+        "an attention layer asks for more than causal softmax attention",
+        where=where,
+        why=why,
+        hint="capture falls back to matching the exported graph; if that declines too, a plugin has to claim this layer",
+    )
 
 
 def _checked(
@@ -190,13 +208,7 @@ def _checked(
     """The description of the mask. Raises `CaptureError` for everything that the canonical op would not compute."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    def refuse(why: str) -> CaptureError:
-        return CaptureError(
-            "an attention layer asks for more than causal softmax attention",
-            where=where,
-            why=why,
-            hint="capture falls back to matching the exported graph; if that declines too, a plugin has to claim this layer",
-        )
+    refuse = partial(_refusal, where)
 
     if not isinstance(mask, MaskDescription):
         raise refuse("it is called without a mask" if mask is None else f"its mask is a {type(mask).__name__} that the model made itself")
