@@ -5,41 +5,51 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 
 @dataclass(frozen=True)
 class Groups:
-    """`order` [N]: places in the flattened choices, sorted by expert, without those that are no expert's. `spans` holds (expert, start,
-    stop) in `order` for every expert that occurs."""
+    """`experts` that occur, in the order of their choices, and how many choices each has in a row (`sizes`).
 
-    order: torch.Tensor
-    spans: list[tuple[int, int, int]]
+    `order` [N]: places of these choices in the flattened ones, or None if that is every choice as it stands, as for one token.
+    """
+
+    experts: list[int]
+    sizes: list[int]
+    order: torch.Tensor | None
 
     @staticmethod
     def of(selected: torch.Tensor, num_experts: int) -> Groups:
-        """Of the experts that are chosen, [.., K] integer. Reads them on the host."""
-        experts, order = selected.flatten().sort()
-        spans: list[tuple[int, int, int]] = []
-        ids, start = experts.tolist(), 0
+        """Of the experts that are chosen, [.., K] integer. Reads them on the host. Choices that are no expert's are left out."""
+        if selected.numel() == selected.shape[-1]:
+            chosen: list[int] = selected.flatten().tolist()
+            if all(0 <= expert < num_experts for expert in chosen):
+                return Groups(chosen, [1] * len(chosen), None)
+        sorted_ids, order = selected.flatten().sort()
+        ids, experts, sizes, skipped = sorted_ids.tolist(), [], [], 0
+        start = 0
         for place in range(1, len(ids) + 1):  # over choices, as a loop in Python: their products cost thousands of times as much
             if place == len(ids) or ids[place] != ids[start]:
                 if 0 <= ids[start] < num_experts:
-                    spans.append((ids[start], start, place))
+                    experts.append(ids[start])
+                    sizes.append(place - start)
+                elif ids[start] < 0:
+                    skipped = place
                 start = place
-        first, last = (spans[0][1], spans[-1][2]) if spans else (0, 0)
-        return Groups(order[first:last], [(expert, start - first, stop - first) for expert, start, stop in spans])
+        return Groups(experts, sizes, order[skipped : skipped + sum(sizes)])
 
-    def rows(self, choices: int) -> torch.Tensor:
-        """[N]: the token of each choice."""
-        return self.order if choices == 1 else self.order // choices
+    def pick(self, values: torch.Tensor) -> torch.Tensor:
+        """[N, ...] of what every choice has, [choices, ...]."""
+        return values if self.order is None else values[self.order]
 
-    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transposed: bool) -> torch.Tensor:
-        """Rows [N, In] in the groups' order, each times its expert's weight, [E, Out, In] or transposed [E, In, Out] -> [N, Out]."""
-        out = x.new_empty(x.shape[0], weight.shape[2 if transposed else 1])
-        for expert, start, stop in self.spans:
-            one = weight[expert] if transposed else weight[expert].t()
-            if bias is None:
-                torch.mm(x[start:stop], one, out=out[start:stop])
-            else:
-                torch.addmm(bias[expert], x[start:stop], one, out=out[start:stop])
-        return out
+    def rows(self, choices: int) -> torch.Tensor | None:
+        """[N]: the token of each choice. None for one token."""
+        return None if self.order is None else self.order // choices
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Rows [N, In] in the groups' order, each times its expert's weight, [E, Out, In] of any strides -> [N, Out]."""
+        if not self.experts:
+            return x.new_empty(0, weight.shape[1])
+        parts = zip(self.experts, x.split(self.sizes), strict=True)
+        return torch.cat([F.linear(part, weight[expert], None if bias is None else bias[expert]) for expert, part in parts])
