@@ -35,7 +35,7 @@ MODELS: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
     "qwen3_5_moe_text": ({**_DELTA, **_EXPERTS}, {"gated_delta": 3}),
     "olmo_hybrid": (_DELTA, {"gated_delta": 3}),
     "kimi_linear": (_KIMI, {"kda": 2}),
-    "bailing_hybrid": (_KIMI, {"kda": 2}),
+    "bailing_hybrid": ({**_KIMI, "n_group": 2, "topk_group": 1}, {"kda": 2}),
 }
 """Configuration by model type, and how often each op must be found."""
 

@@ -8,6 +8,7 @@ from typing import Any
 from ad_core.api import Mixer, OpCall, Resource, ShardRule
 from ad_deltanet.cache import state_resource
 from ad_deltanet.kernels.torch_ref import TorchGatedDelta, TorchKda
+from ad_deltanet.kernels.triton_slots import TritonGatedDelta, TritonKda
 from ad_deltanet.match import ChunkGatedDelta, ChunkKda
 from ad_deltanet.op import ROLES, gated_delta, kda
 from ad_deltanet.shard import GATED_HEADS, KDA_HEADS
@@ -20,7 +21,7 @@ class GatedDelta(Mixer):
     op = gated_delta
     roles = ROLES
     matchers = (ChunkGatedDelta(),)
-    kernels = (TorchGatedDelta(),)
+    kernels = (TorchGatedDelta(), TritonGatedDelta())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return state_resource(call)
@@ -36,7 +37,7 @@ class KimiDelta(Mixer):
     op = kda
     roles = ROLES
     matchers = (ChunkKda(),)
-    kernels = (TorchKda(),)
+    kernels = (TorchKda(), TritonKda())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return state_resource(call)

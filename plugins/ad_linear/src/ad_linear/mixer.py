@@ -10,6 +10,7 @@ from ad_linear import lightning, mlstm
 from ad_linear.cache import lightning_state, mlstm_state
 from ad_linear.kernels.torch_lightning import TorchLightning
 from ad_linear.kernels.torch_mlstm import TorchMLstm
+from ad_linear.kernels.triton_slots import TritonLightning, TritonMLstm
 from ad_linear.match import LightningAttention, MLstmBackend
 from ad_linear.shard import LIGHTNING_HEADS, MLSTM_HEADS
 
@@ -21,7 +22,7 @@ class Lightning(Mixer):
     op = lightning.lightning
     roles = lightning.ROLES
     matchers = (LightningAttention(),)
-    kernels = (TorchLightning(),)
+    kernels = (TorchLightning(), TritonLightning())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return lightning_state(call)
@@ -37,7 +38,7 @@ class MLstm(Mixer):
     op = mlstm.mlstm
     roles = mlstm.ROLES
     matchers = (MLstmBackend(),)
-    kernels = (TorchMLstm(),)
+    kernels = (TorchMLstm(), TritonMLstm())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return mlstm_state(call)

@@ -10,6 +10,7 @@ from ad_rnn import rg_lru, token_shift, wkv4
 from ad_rnn.cache import rg_lru_state, token_shift_state, wkv4_state
 from ad_rnn.kernels.torch_ref import TorchRgLru, TorchWkv4
 from ad_rnn.kernels.torch_shift import TorchTokenShift
+from ad_rnn.kernels.triton_slots import TritonRgLru, TritonTokenShift, TritonWkv4
 from ad_rnn.match import PadShift, RgLruScan, WkvFunction
 from ad_rnn.shard import RG_LRU_CHANNELS, TOKEN_SHIFT_CHANNELS, WKV4_CHANNELS
 
@@ -21,7 +22,7 @@ class RgLru(Mixer):
     op = rg_lru.rg_lru
     roles = rg_lru.ROLES
     matchers = (RgLruScan(),)
-    kernels = (TorchRgLru(),)
+    kernels = (TorchRgLru(), TritonRgLru())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return rg_lru_state(call)
@@ -37,7 +38,7 @@ class TokenShift(Mixer):
     op = token_shift.token_shift
     roles = token_shift.ROLES
     matchers = (PadShift(),)
-    kernels = (TorchTokenShift(),)
+    kernels = (TorchTokenShift(), TritonTokenShift())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return token_shift_state(call)
@@ -53,7 +54,7 @@ class Wkv4(Mixer):
     op = wkv4.wkv4
     roles = wkv4.ROLES
     matchers = (WkvFunction(),)
-    kernels = (TorchWkv4(),)
+    kernels = (TorchWkv4(), TritonWkv4())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return wkv4_state(call)
