@@ -3,6 +3,7 @@
 import pytest
 
 from ad_core.testing import MixerConformance
+from ad_deltanet.kernels import torch_plan
 
 
 class TestGatedDelta(MixerConformance):
@@ -17,6 +18,14 @@ class TestKda(MixerConformance):
     cases = "ad_deltanet.testing:QUICK_KDA_CASES"
     kernels = ("deltanet.kda.torch",)
     min_checks = 18
+
+
+class TestLarge(TestGatedDelta):
+    """Decodes that are moved on one by one."""
+
+    @pytest.fixture(autouse=True)
+    def _every_state_is_large(self, monkeypatch):
+        monkeypatch.setattr(torch_plan, "LARGE", 1)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 import pytest
 
 from ad_core.testing import MixerConformance
+from ad_linear.kernels import torch_plan
 from ad_linear.testing import LIGHTNING_CASES, MLSTM_CASES
 
 
@@ -18,6 +19,14 @@ class TestMLstm(MixerConformance):
     cases = MLSTM_CASES[:1]
     kernels = ("linear.mlstm.torch",)
     min_checks = 18
+
+
+class TestLarge(TestMLstm):
+    """Decodes that are moved on one by one."""
+
+    @pytest.fixture(autouse=True)
+    def _every_state_is_large(self, monkeypatch):
+        monkeypatch.setattr(torch_plan, "LARGE", 1)
 
 
 @pytest.mark.slow

@@ -70,13 +70,13 @@ def _whole(
 
 def normalised(query: torch.Tensor, key: torch.Tensor, heads: int, scale: float, l2norm: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """query (times `scale`) and key [..., H, K] in at least float32, brought to length 1 if asked, repeated to `heads` heads."""
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key = query.to(dtype), key.to(dtype)
+    both = torch.stack((query, key)).to(torch.promote_types(query.dtype, torch.float32))  # one after the other would be twice the ops
     if l2norm:
-        query, key = (x * (x * x).sum(-1, keepdim=True).add_(NORM_EPS).rsqrt_() for x in (query, key))
-    query = query * scale
-    if heads != query.shape[-2]:
-        query, key = (x.repeat_interleave(heads // x.shape[-2], -2) for x in (query, key))
+        both.mul_(both.square().sum(-1, keepdim=True).add_(NORM_EPS).rsqrt_())
+    both[0].mul_(scale)
+    if heads != both.shape[-2]:
+        both = both.unsqueeze(-2).expand(*both.shape[:-1], heads // both.shape[-2], both.shape[-1]).flatten(-3, -2)
+    query, key = both
     return query, key
 
 

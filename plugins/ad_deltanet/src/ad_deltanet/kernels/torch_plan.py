@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -11,6 +11,9 @@ from ad_core.api import BatchView, BufferSpec, Limits
 
 NONE = -1
 """No such slot."""
+LARGE = 256 << 10
+"""Bytes of a state from which on decodes are moved on one by one where they lie: together they would leave the processor's cache between
+two operations, and bringing them together and back would cost more than the operations."""
 _FIELDS = 4
 
 
@@ -33,8 +36,8 @@ class Prefill(NamedTuple):
 
 
 def plan_buffers(limits: Limits) -> dict[str, BufferSpec]:
-    """`plan` [sequences + 1, 4] on the host: a `Head` and the `Prefill`s. `slots` [sequences]: those of the decodes.
-    `stale` [sequences]: 0 for a decode whose sequence starts here, 1 for the others."""
+    """`plan` [sequences + 1, 4] on the host: a `Head`, the `Prefill`s, and the decodes in the same form. `slots` [sequences]: those of
+    the decodes. `stale` [sequences]: 0 for a decode whose sequence starts here, 1 for the others."""
     count = limits.max_sequences
     return {
         "plan": BufferSpec((count + 1, _FIELDS), torch.int64, "host"),
@@ -48,14 +51,12 @@ def plan_step(batch: BatchView, out: Mapping[str, torch.Tensor]) -> None:
     bounds, slots = batch.host("cu_seqlens").tolist(), batch.host("state_slots")
     fresh, decodes = batch.host("fresh"), batch.num_decodes
     places, starting = slots.tolist(), fresh.tolist()
-    records = [
-        Prefill(bounds[row], bounds[row + 1] - bounds[row], places[row], int(starting[row]))
-        for row in range(decodes, batch.num_sequences)
-        if bounds[row + 1] > bounds[row]
-    ]
+    rows = [Prefill(bounds[row], bounds[row + 1] - bounds[row], places[row], int(starting[row])) for row in range(batch.num_sequences)]
+    records = [record for record in rows[decodes:] if record.size]
     first = places[0] if decodes and places[:decodes] == list(range(places[0], places[0] + decodes)) else NONE
     head = Head(decodes, len(records), int(any(starting[:decodes])), first)
-    out["plan"][: len(records) + 1] = torch.tensor([head, *records], dtype=torch.int64)
+    filled = [head, *records, *rows[:decodes]]
+    out["plan"][: len(filled)] = torch.tensor(filled, dtype=torch.int64)
     out["slots"][:decodes].copy_(slots[:decodes], non_blocking=True)
     out["stale"][:decodes].copy_(~fresh[:decodes], non_blocking=True)
 
@@ -64,6 +65,23 @@ def read_plan(plan: torch.Tensor) -> tuple[Head, list[Prefill]]:
     """What `plan_step` wrote."""
     head = Head(*plan[0].tolist())
     return head, [Prefill(*record) for record in plan[1 : head.prefills + 1].tolist()] if head.prefills else []
+
+
+def decoding_states(
+    pool: torch.Tensor, plan: torch.Tensor, head: Head, slots: torch.Tensor, stale: torch.Tensor
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """The decodes' rows with their states [n, ...], to be changed in place: all of them at once, or one by one if they are large. Zero
+    where a sequence starts. What was changed is in the pool once the next ones are asked for."""
+    if head.decodes > 1 and pool[0].nbytes >= LARGE:
+        first = head.prefills + 1
+        for row, (_, _, slot, fresh) in enumerate(plan[first : first + head.decodes].tolist()):
+            if fresh:
+                pool[slot].zero_()
+            yield slice(row, row + 1), pool[slot : slot + 1]
+    elif head.decodes:
+        chosen = take_states(pool, head, slots, stale)
+        yield slice(0, head.decodes), chosen
+        put_states(pool, chosen, head, slots)
 
 
 def take_states(pool: torch.Tensor, head: Head, slots: torch.Tensor, stale: torch.Tensor) -> torch.Tensor:

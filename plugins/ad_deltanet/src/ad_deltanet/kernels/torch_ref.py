@@ -9,7 +9,7 @@ import torch
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
 from ad_deltanet.chunked import delta_rule
-from ad_deltanet.kernels.torch_plan import Head, plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_deltanet.kernels.torch_plan import decoding_states, plan_buffers, plan_step, read_plan
 from ad_deltanet.op import normalised
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
@@ -58,13 +58,10 @@ def _packed(
     dtype = query.dtype
     values, beta = value[0].to(dtype), beta[0].to(dtype)[..., None]
     decay = None if g is None else g[0].to(dtype)
-    if head.decodes == tokens:  # nothing but decodes
-        return _decode(query, key, values, decay, beta, state, head, slots, stale).to(value.dtype)[None]
-
     out, end = value.new_empty(value.shape), head.decodes
-    if end:
-        part = None if decay is None else decay[:end]
-        out[0, :end] = _decode(query[:end], key[:end], values[:end], part, beta[:end], state, head, slots, stale)
+    for rows, now in decoding_states(state, plan, head, slots, stale):
+        part = None if decay is None else decay[rows]
+        out[0, rows] = _decode(query[rows], key[rows], values[rows], part, beta[rows], now)
     for chunk in prefills:
         end = chunk.token + chunk.size
         rows = slice(chunk.token, end)
@@ -79,29 +76,18 @@ def _packed(
 
 
 def _decode(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    log_decay: torch.Tensor | None,
-    beta: torch.Tensor,
-    state: torch.Tensor,
-    head: Head,
-    slots: torch.Tensor,
-    stale: torch.Tensor,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, log_decay: torch.Tensor | None, beta: torch.Tensor, state: torch.Tensor
 ) -> torch.Tensor:
     """One token of each of n sequences: query, key [n, Hv, K], value [n, Hv, V], log_decay [n, Hv, 1 or K], beta [n, Hv, 1]
-    -> [n, Hv, V]. Moves their states on."""
-    count, heads = value.shape[:2]
-    chosen = take_states(state, head, slots, stale)
-    now = chosen.view(count * heads, *state.shape[2:])  # [n * Hv, K, V]
+    -> [n, Hv, V]. Moves `state` [n, Hv, K, V] on in place."""
+    batch = value.shape[0] * value.shape[1]
+    now = state.view(batch, *state.shape[2:])
     if log_decay is not None:
-        now.mul_(log_decay.exp().reshape(count * heads, -1, 1))
-    rows = key.reshape(count * heads, 1, -1)
+        now.mul_(log_decay.exp().reshape(batch, -1, 1))
+    rows = key.reshape(batch, 1, -1)
     known = torch.bmm(rows, now).view(value.shape)
-    now.baddbmm_(rows.transpose(1, 2), ((value - known) * beta).reshape(count * heads, 1, -1))
-    output = torch.bmm(query.reshape(count * heads, 1, -1), now)
-    put_states(state, chosen, head, slots)
-    return output.view(value.shape)
+    now.baddbmm_(rows.transpose(1, 2), ((value - known) * beta).reshape(batch, 1, -1))
+    return torch.bmm(query.reshape(batch, 1, -1), now).view(value.shape)
 
 
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:

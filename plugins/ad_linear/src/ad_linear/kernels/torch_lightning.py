@@ -8,7 +8,7 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_linear.kernels.torch_plan import plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_linear.kernels.torch_plan import decoding_states, plan_buffers, plan_step, read_plan
 from ad_linear.lightning import decayed_attention
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
@@ -37,16 +37,12 @@ def _lightning(
     out, dtype = value.new_empty(value.shape), state.dtype
     queries, keys, values = (x[0].to(dtype) for x in (query, key, value))  # [T, H, ...]
     log_decay = log_decay.to(dtype)
-    end, heads = head.decodes, value.shape[2]
-    if end:
-        chosen = take_states(state, head, slots, stale)
-        now = chosen.view(end * heads, *state.shape[2:])
-        now.view(end, heads, -1).mul_(log_decay.exp()[:, None])
-        columns = keys[:end].reshape(end * heads, -1, 1)
-        now.baddbmm_(columns, values[:end].reshape(end * heads, 1, -1))
-        read = torch.bmm((queries[:end] * scale).reshape(end * heads, 1, -1), now)
-        put_states(state, chosen, head, slots)
-        out[0, :end] = read.view(end, heads, -1)
+    end = head.decodes
+    for rows, chosen in decoding_states(state, plan, head, slots, stale):
+        now = chosen.view(-1, *state.shape[2:])  # [n * H, K, V]
+        chosen.mul_(log_decay.exp()[:, None, None])
+        now.baddbmm_(keys[rows].reshape(len(now), -1, 1), values[rows].reshape(len(now), 1, -1))
+        out[0, rows] = torch.bmm((queries[rows] * scale).reshape(len(now), 1, -1), now).view(-1, *value.shape[2:])
     for chunk in prefills:
         end = chunk.token + chunk.size
         rows = slice(chunk.token, end)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_linear.kernels.torch_plan import plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_linear.kernels.torch_plan import decoding_states, plan_buffers, plan_step, put_states, read_plan, take_states
 from ad_linear.mlstm import matrix_memory
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
@@ -44,17 +44,19 @@ def _mlstm(
     forget = F.logsigmoid(forget_gate[0].to(dtype))
     end, heads = head.decodes, value.shape[2]
     if end:
-        chosen, old = take_states(memory, head, slots, stale), take_states(peak, head, slots, stale)
+        old = take_states(peak, head, slots, stale)
         kept = forget[:end] + old
         new = torch.maximum(kept, gates[:end])  # [n, H]
-        now = chosen.view(end * heads, *memory.shape[2:])
-        now.mul_(torch.exp(kept - new).reshape(-1, 1, 1))
-        columns = (keys[:end] * torch.exp(gates[:end] - new)[..., None]).reshape(end * heads, -1, 1)
-        now.baddbmm_(columns, F.pad(values[:end], (0, 1), value=1.0).reshape(end * heads, 1, -1))
-        read = torch.bmm((queries[:end] * scale).reshape(end * heads, 1, -1), now).view(end, heads, -1)
-        put_states(memory, chosen, head, slots)
+        forgetting, writing = torch.exp(kept - new), torch.exp(gates[:end] - new)
         put_states(peak, old.copy_(new), head, slots)
-        out[0, :end] = read[..., :-1] / (torch.maximum(read[..., -1].abs(), torch.exp(-new)) + eps)[..., None]
+        columns, values_and_one = keys[:end] * writing[..., None], F.pad(values[:end], (0, 1), value=1.0)
+        for rows, chosen in decoding_states(memory, plan, head, slots, stale):
+            now = chosen.view(-1, *memory.shape[2:])  # [n * H, K, V + 1]
+            chosen.mul_(forgetting[rows, :, None, None])
+            now.baddbmm_(columns[rows].reshape(len(now), -1, 1), values_and_one[rows].reshape(len(now), 1, -1))
+            read = torch.bmm((queries[rows] * scale).reshape(len(now), 1, -1), now).view(-1, heads, now.shape[2])
+            bound = torch.maximum(read[..., -1].abs(), torch.exp(-new[rows])) + eps
+            out[0, rows] = read[..., :-1] / bound[..., None]
     for chunk in prefills:
         end = chunk.token + chunk.size
         rows = slice(chunk.token, end)
