@@ -57,10 +57,15 @@ class Probe:
         return self._seen[key]
 
     def evaluate(self, node: Node, sizes: Sizes | None = None) -> Any:
-        """The value of a node, with everything it needs made up or computed. Raises what its ops raise."""
+        """The value of a node that reads no tokens, with everything it needs made up or computed: what is made up is the same for
+        every token. Raises what its ops raise."""
         cone, entries = self._supply([node])
         sizes = sizes or self._sizes
-        return _execute(cone, {entry: self._make_up(entry, sizes) for entry in entries}, sizes)[node]
+        made = {entry: self._make_up(entry, sizes) for entry in entries}
+        for entry, value in made.items():
+            for dim in self._sizes.length_dims(entry.meta.get("val")):
+                made[entry] = value = value.narrow(dim, 0, 1).expand_as(value).clone()
+        return _execute(cone, made, sizes)[node]
 
     # -- what a region needs --------------------------------------------------------------------------------------------
 

@@ -325,6 +325,10 @@ def test_weights_on_meta_are_enough() -> None:
     assert found.op == "aten.cumsum.default"
 
 
+def test_a_weight_that_every_token_gets_is_no_position() -> None:
+    assert mixing(lambda m, x: m.w[0].expand_as(x).contiguous() + x) == []
+
+
 def test_half_precision_is_no_false_alarm() -> None:
     model = block(lambda m, x: routed_experts(m, x) + grouped_norm(m, x.flatten(0, 1)[:, None]).view_as(x)).bfloat16()
     assert find_mixing(cleaned(export(model))) == []
@@ -363,7 +367,9 @@ def test_every_attention_of_a_model_is_found_when_nothing_claims_it(kind: str, w
     assert all(entry.source.startswith(f"modeling_{kind}.py:") or entry.source for entry in found)
 
 
-def test_positions_counted_from_the_ids_are_found() -> None:
+def test_positions_counted_from_the_ids_are_found_where_padding_means_something() -> None:
     """RoBERTa counts its positions by a cumulative sum over the ids that are not padding."""
-    found = find_mixing(cleaned(export_model("camembert", positions=False)), (ATTENTION,))
-    assert [entry.op for entry in found] == ["aten.cumsum.default"]
+    assert find_mixing(cleaned(export_model("camembert", positions=False)), (ATTENTION,)) == []
+    graph = export_model("camembert", positions=False)
+    apply(graph, [each for each in clean_passes() if each.name != "core.padding"])
+    assert [entry.op for entry in find_mixing(graph, (ATTENTION,))] == ["aten.cumsum.default"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import ad_attention.sparse.op  # noqa: F401  (defines the op)
 from ad_attention.match.hf_masks import MaskDescription
 from ad_attention.match.hf_seam import HfAttentionSeam
 from ad_core.api import Declined
@@ -197,6 +198,12 @@ def test_a_plain_call_goes_to_the_op(attend):
     assert attend.entered == ["ad_attention::attention"]
 
 
+def test_a_call_that_chooses_its_keys_goes_to_the_op_of_that(attend):
+    result, _ = attend.call(indices=torch.zeros(2, 5, 3, dtype=torch.int32))
+    assert result.shape == (2, 5, 4, 6)
+    assert attend.entered == ["ad_attention::selected"]
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
@@ -209,7 +216,7 @@ def test_a_plain_call_goes_to_the_op(attend):
         ({"attention_mask": MaskDescription(window=5, chunk=4)}, "window .* and chunks"),
         ({"scaling": torch.ones(4)}, "scaling is a Tensor"),
         ({"position_bias": torch.zeros(2, 4, 5, 5)}, "position_bias"),
-        ({"indices": torch.zeros(2, 5, 3)}, "indices"),
+        ({"indices": torch.zeros(2, 5, 3), "attention_mask": MaskDescription(window=5)}, "chooses its keys and has a window"),
         ({"head_mask": torch.ones(4)}, "head_mask"),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q"),
         ({"s_aux": torch.zeros(2, 4, 5, 1)}, "sinks have the shape"),

@@ -97,3 +97,16 @@ def test_a_description_may_be_moved_and_handed_on():
     mask = MaskDescription(window=3)
     assert mask.to("cuda", torch.float32) is mask
     assert {"sliding": mask}["sliding"] is mask
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_part_of_the_mask_is_the_real_thing(window):
+    part = MaskDescription(window=window, at=(7, None))[:, 0, 2:4]
+    steps = torch.arange(7)
+    distance = steps[2:4, None] - steps
+    assert torch.equal(part, ((distance >= 0) & (distance < (window or 7)))[None])
+
+
+def test_there_is_no_part_of_a_mask_that_is_not_known():
+    with pytest.raises(TypeError, match="not causal"):
+        MaskDescription(problem="it is not causal", at=(7, None))[:, 0]

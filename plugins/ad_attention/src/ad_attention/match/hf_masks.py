@@ -20,11 +20,8 @@ class MaskDescription:
     its attention: an indexer that chooses among the keys. If that is no mixer that we know, its tokens still mix in the graph.
     """
 
-    def __init__(
-        self, window: int | None = None, chunk: int | None = None, problem: str | None = None, length: Any = None, device: Any = None
-    ):
-        self.window, self.chunk, self.problem = window, chunk, problem
-        self.length, self.device = length, device
+    def __init__(self, window: int | None = None, chunk: int | None = None, problem: str | None = None, at: tuple[Any, Any] | None = None):
+        self.window, self.chunk, self.problem, self._at = window, chunk, problem, at
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A part of the mask as a tensor [1, 1, S, S] bool, true where a key is seen."""
