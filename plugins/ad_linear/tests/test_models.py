@@ -66,3 +66,16 @@ def test_ragged_prompts_in_chunks_give_the_tokens_of_full_recompute(kind):
                 behind = logits.amax(1) - logits[torch.arange(LENGTH), torch.tensor(answer)]
                 assert behind.max() <= 1e-3, f"prompt of {len(prompt)}: token {int(behind.argmax())} is not the oracle's"
         llm._engine.cache.audit()
+
+
+def test_a_model_that_goes_through_long_inputs_in_pieces_is_captured_whole():
+    model = tiny("xlstm")
+    model.config.max_inference_chunksize = 40
+    with LLM(copy.deepcopy(model), max_model_len=128, checkpoint_interval=16, page_size=4) as llm:
+        prompt = list(range(5, 75))
+        (output,) = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    model.config.max_inference_chunksize = 1000
+    with torch.no_grad():
+        answer = output.outputs[0].token_ids
+        logits = model(torch.tensor([[*prompt, *answer[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    assert answer == logits.argmax(1).tolist()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, cast
 
 from ad_core.api.errors import CaptureError
@@ -11,6 +13,9 @@ from ad_core.graph.seams import Entered, ForwardSeam
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+
+_PIECES = "max_inference_chunksize"
 
 
 class LightningAttention(ForwardSeam):
@@ -58,6 +63,20 @@ class MLstmBackend(ForwardSeam):
 
     name = "linear.mlstm_backend"
     produces = "ad_linear::mlstm"
+
+    @contextmanager
+    def open(self, module: nn.Module, entered: Entered) -> Iterator[None]:
+        # A model that is given more tokens than this goes through them in pieces, with states of its own from one to the next.
+        configs = {id(config): config for config in (cast("Any", part).config for part in module.modules() if self.reaches(part))}
+        before = {key: getattr(config, _PIECES) for key, config in configs.items() if hasattr(config, _PIECES)}
+        try:
+            for key in before:
+                setattr(configs[key], _PIECES, sys.maxsize)
+            with super().open(module, entered):
+                yield
+        finally:
+            for key, pieces in before.items():
+                setattr(configs[key], _PIECES, pieces)
 
     def reaches(self, part: nn.Module) -> bool:
         return type(part).__name__ in ("xLSTMBackend", "mLSTMBackend") and hasattr(getattr(part, "config", None), "eps")
