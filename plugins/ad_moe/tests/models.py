@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_layer_start_index": 1, "moe_layer_end_index": 1},
     "exaone_moe": {"num_experts": 4, "num_shared_experts": 1, "n_group": 2, "topk_group": 1, **_DENSE_FIRST, **_WINDOW},
     "flex_olmo": {"num_experts": 4},
-    "flint": {"num_experts": 4, "decoder_sparse_step": 1, "shared_expert_intermediate_size": 32, **_WINDOW},
+    "flint": {"num_experts": 4, "mlp_only_layers": [0], "shared_expert_intermediate_size": 32, **_WINDOW},
     "gemma4_text": {
         **{"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "hidden_size_per_layer_input": 16},
         **{"vocab_size_per_layer_input": VOCABULARY, "num_global_key_value_heads": 2, "global_head_dim": 32, **_WINDOW},

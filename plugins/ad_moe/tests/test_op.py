@@ -84,3 +84,20 @@ def test_a_routed_linear_is_each_choice_times_its_experts_weight(op, each):
         token, expert = tokens[b, s, k] if tokens.dim() == 4 else tokens[b, s], int(selected[b, s, k])
         wanted = weight[expert] @ token if expert < len(weight) else torch.zeros(weight.shape[1], dtype=torch.float64)
         torch.testing.assert_close(result[b, s, k], wanted, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("each", **named([CASES[0], CASES[7], CASES[6]]))
+def test_ranks_that_divide_the_experts_add_up(each):
+    """As the shard rule says: what it names is cut, the choices count from the rank's first expert, the results are summed."""
+    arguments = each.arguments(2, 9, torch.float32)
+    (rule,), total = EXPERTS.shard_rules(), 0
+    assert rule.output == "sum"
+    whole, edges = arguments["up"].shape[0], (0, 2, arguments["up"].shape[0])
+    for first, stop in itertools.pairwise(edges):
+        cut = {
+            name: value.narrow(rule.splits[name], first, stop - first) if name in rule.splits and isinstance(value, torch.Tensor) else value
+            for name, value in arguments.items()
+        }
+        total = total + invoke(KERNEL, {**cut, "selected": arguments["selected"] - first})[0]
+    assert whole > 2
+    torch.testing.assert_close(total, invoke(KERNEL, arguments)[0], rtol=1e-5, atol=1e-5)

@@ -134,16 +134,15 @@ def test_a_gate_that_the_op_does_not_know_is_declined_with_its_class():
 
 
 def test_a_norm_in_another_order_is_declined():
-    from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
-
-    part = filled(MuseSparkExperts(SETTINGS))
+    module = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
+    part = filled(module.MuseSparkExperts(SETTINGS))
     part.post_expert_norm.forward = lambda x: x * (1 + part.post_expert_norm.weight)
     assert "normalises" in str(described(part))
 
 
 def test_a_model_without_experts_declines_every_seam():
     model = plain_dense()
-    assert len(EVERY_SEAM) == 6
+    assert len(EVERY_SEAM) == 7
     assert all(seam.applies(model) is not None for seam in EVERY_SEAM)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ad_core.api import PluginInfo, hookimpl
 
 if TYPE_CHECKING:
-    from ad_core.api import CanonicalOp
+    from ad_core.api import CanonicalOp, Pass
 
 INFO = PluginInfo(name="moe", api=(1, 0), op_namespaces=("ad_moe",), summary="routed experts")
 
@@ -18,3 +18,10 @@ def ad_ops() -> Sequence[CanonicalOp]:
     from ad_moe.moe import Experts, RoutedLinear
 
     return [Experts(), RoutedLinear()]
+
+
+@hookimpl
+def ad_passes() -> Sequence[Pass]:
+    from ad_moe.stack_pass import StackExperts
+
+    return [StackExperts()]

@@ -2,10 +2,18 @@
 
 from ad_core.api import Matcher, Seam
 from ad_moe.match.dbrx import DbrxExpertsSeam
+from ad_moe.match.expert_lists import ExpertListSeam
 from ad_moe.match.hf_experts import HfExpertsSeam
 from ad_moe.match.jetmoe import JetMoeAttentionSeam, JetMoeExpertsSeam
 from ad_moe.match.llama4 import Llama4ExpertsSeam
 from ad_moe.match.longcat import LongcatExpertsSeam
 
-SEAMS: list[Matcher | Seam] = [HfExpertsSeam(), DbrxExpertsSeam(), LongcatExpertsSeam(), Llama4ExpertsSeam(), JetMoeExpertsSeam()]
+SEAMS: list[Matcher | Seam] = [
+    HfExpertsSeam(),
+    DbrxExpertsSeam(),
+    LongcatExpertsSeam(),
+    Llama4ExpertsSeam(),
+    JetMoeExpertsSeam(),
+    ExpertListSeam(),
+]
 LINEAR_SEAMS: list[Matcher | Seam] = [JetMoeAttentionSeam()]
