@@ -10,8 +10,9 @@ from .models import Entry, entries
 from .page import page
 from .pool import Worker
 
-CORE = ("llama", "gemma2", "gpt2", "bloom", "ctrl", "gemma3n_text")
-"""Grouped heads, windows with a soft-cap, learned positions, a pattern with ALiBi, sinusoidal tables, layers that share keys."""
+CORE = ("llama", "gemma2", "bloom", "camembert", "gemma3n_text", "deepseek_v32", "doge", "zaya")
+"""Grouped heads, windows with a soft-cap, a pattern with ALiBi, positions of its own, shared keys, a latent with an indexer, a bias of
+keys, and convolutions before attention."""
 LIMIT = 180.0
 
 
