@@ -40,6 +40,7 @@ class StackExperts(Pass):
             return "its weights are not there"
         whole = torch.empty(len(paths), *first.shape, dtype=first.dtype, device=first.device)
         target = f"{paths[0]}_stacked"
+        set_tensor(graph, target, whole)
         with graph.graph.inserting_before(node):
             read = graph.graph.get_attr(target)
         read.meta = dict(node.meta)
@@ -56,5 +57,4 @@ class StackExperts(Pass):
             del tensor
             if path not in still and path not in paths[index + 1 :]:
                 delete_tensor(graph, path)
-        set_tensor(graph, target, whole)
         return ""
