@@ -7,6 +7,7 @@ from typing import Any
 
 from ad_conv.cache import conv_state
 from ad_conv.kernels.torch_ref import TorchSlots
+from ad_conv.kernels.triton_slots import TritonSlots
 from ad_conv.match import MATCHERS, SEAMS
 from ad_conv.op import ROLES, causal_conv1d
 from ad_conv.shard import CHANNELS
@@ -20,7 +21,7 @@ class CausalConv1d(Mixer):
     op = causal_conv1d
     roles = ROLES
     matchers = (*SEAMS, *MATCHERS)
-    kernels = (TorchSlots(),)
+    kernels = (TorchSlots(), TritonSlots())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return conv_state(call)

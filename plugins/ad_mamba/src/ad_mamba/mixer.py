@@ -9,6 +9,7 @@ from ad_core.api import Mixer, OpCall, Resource, ShardRule
 from ad_mamba.cache import scan_state, ssd_state
 from ad_mamba.kernels.torch_scan import TorchScan
 from ad_mamba.kernels.torch_ssd import TorchSSD
+from ad_mamba.kernels.triton_slots import TritonScan, TritonSSD
 from ad_mamba.match import ChunkScanSeam, SelectiveScanSeam
 from ad_mamba.op import scan, ssd
 from ad_mamba.shard import CHANNELS, GROUPS
@@ -21,7 +22,7 @@ class SelectiveScan(Mixer):
     op = scan.selective_scan
     roles = scan.ROLES
     matchers = (SelectiveScanSeam(),)
-    kernels = (TorchScan(),)
+    kernels = (TorchScan(), TritonScan())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return scan_state(call)
@@ -37,7 +38,7 @@ class SSD(Mixer):
     op = ssd.ssd
     roles = ssd.ROLES
     matchers = (ChunkScanSeam(),)
-    kernels = (TorchSSD(),)
+    kernels = (TorchSSD(), TritonSSD())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return ssd_state(call)
