@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ad_core.testing.calls import invoke
-from ad_deltanet.chunked import BLOCK, CHUNK, SEGMENT, delta_rule
+from ad_deltanet.chunked import BLOCK, CHUNK, delta_rule
 from ad_deltanet.op import gated_delta, kda
 from ad_deltanet.testing import GATED_CASES, KDA_CASES
 
@@ -38,10 +38,9 @@ def test_float32_stays_close_over_many_chunks(case):
     assert (invoke(op, arguments)[0].double() - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
-def test_segments_hand_their_state_on():
-    """Longer than one segment: the same as in two calls that are cut elsewhere."""
+def test_two_calls_that_are_cut_anywhere_give_what_one_gives():
     draw = torch.Generator().manual_seed(0)
-    length = SEGMENT + 70
+    length = 6 * CHUNK + 7
     query, key = (torch.nn.functional.normalize(torch.randn(2, length, 4, generator=draw).double(), dim=-1) for _ in range(2))
     value, beta = torch.randn(2, length, 4, generator=draw).double(), torch.rand(2, length, 1, generator=draw).double()
     decay = -torch.rand(2, length, 1, generator=draw).double() / 50
