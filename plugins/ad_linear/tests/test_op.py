@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ad_core.testing.calls import invoke
-from ad_linear.lightning import CHUNK, lightning
-from ad_linear.mlstm import mlstm
+from ad_linear.lightning import CHUNK, decayed_attention, lightning
+from ad_linear.mlstm import matrix_memory, mlstm
 from ad_linear.testing import LIGHTNING_CASES, MLSTM_CASES
 
 from . import oracle
@@ -48,3 +48,26 @@ def test_gates_of_any_size_are_no_overflow():
     result = invoke(mlstm, arguments)[0]
     assert result.isfinite().all()
     assert (result.double() - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_two_calls_that_are_cut_anywhere_give_what_one_gives():
+    """States and all, from a state that is not zero."""
+    draw = torch.Generator().manual_seed(0)
+    length, cut = 2 * CHUNK + 7, CHUNK + 9
+
+    def normal(*shape):
+        return torch.randn(2, 3, *shape, generator=draw, dtype=torch.float64)
+
+    tokens = normal(length, 4), normal(length, 4), normal(length, 5)
+    gates = normal(length), torch.nn.functional.logsigmoid(2 + normal(length))
+    decay, state, memory, peak = -torch.rand(3, generator=draw).double() / 9, normal(4, 5), normal(4, 6), normal()
+    runs = [
+        lambda part, state: decayed_attention(*(x[:, :, part] for x in tokens), decay, state),
+        lambda part, state: matrix_memory(*(x[:, :, part] for x in (*tokens, *gates)), *state, 1e-6),
+    ]
+    for run, start in zip(runs, (state, (memory, peak)), strict=True):
+        whole, *last = run(slice(0, length), start)
+        first, *middle = run(slice(0, cut), start)
+        second, *end = run(slice(cut, length), middle[0] if len(middle) == 1 else middle)
+        torch.testing.assert_close(whole, torch.cat([first, second], 2), rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(last, end, rtol=1e-9, atol=1e-11)
