@@ -133,6 +133,17 @@ def test_a_gate_that_the_op_does_not_know_is_declined_with_its_class():
     assert "Strange has a gate that is none of those that the op knows" in declined.reason
 
 
+def test_layers_of_one_class_with_other_numbers_are_tried_apart():
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    seam, parts = HfExpertsSeam(), [filled(GptOssExperts(SETTINGS)) for _ in range(3)]
+    parts[1].limit = 0.5
+    parts[2]._apply_gate = lambda gate_up: torch.sin(gate_up[..., ::2])
+    found = [seam._described(part) for part in parts]
+    assert [each.limit for each in found[:2]] == [1.25, 0.5]
+    assert isinstance(found[2], str)
+
+
 def test_a_norm_in_another_order_is_declined():
     module = pytest.importorskip("transformers.models.muse_spark.modeling_muse_spark")
     part = filled(module.MuseSparkExperts(SETTINGS))

@@ -29,7 +29,7 @@ def recognised(function: Callable[[torch.Tensor], torch.Tensor], holder: nn.Modu
         return None
     if not isinstance(wanted, torch.Tensor) or wanted.shape != (probe.shape[0], _COLUMNS):
         return None
-    for gating in _candidates(layout, _numbers(holder)):
+    for gating in _candidates(layout, numbers_of(holder)):
         if torch.allclose(gating(probe), wanted.to(probe.dtype), rtol=1e-5, atol=1e-5):
             return gating
     return None
@@ -56,7 +56,7 @@ def _candidates(layout: Layout, numbers: tuple[float, ...]) -> Iterator[Gating]:
         yield Gating("silu", layout, gate_cap=gate_cap, up_cap=up_cap)
 
 
-def _numbers(holder: nn.Module) -> tuple[float, ...]:
+def numbers_of(holder: nn.Module) -> tuple[float, ...]:
     """Every distinct finite float that the module or a part of it holds, and the slope of the quick form of gelu."""
     values: list[Any] = [value for part in holder.modules() for value in vars(part).values()]
     found = [float(value) for value in values if isinstance(value, (int, float)) and not isinstance(value, bool)]
