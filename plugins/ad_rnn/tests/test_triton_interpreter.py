@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-QUICK = "(any_gate or even) and padding"
+QUICK = "(any_gate or faint or even) and padding"
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
