@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from ad_core import LLM, SamplingParams
 from ad_core.api.errors import AdError
@@ -35,7 +35,7 @@ class Result:
     stage: str = ""
     reason: str = ""
     mixers: dict[str, int] = field(default_factory=dict)
-    """Canonical ops by name, with how many of them the plan claims."""
+    """Canonical ops by name, with how many of them the plan has a kernel for."""
     captured_by: list[str] = field(default_factory=list)
     """"annotated", "seam", "pattern"."""
     ties: int = 0
@@ -98,15 +98,30 @@ def _words(error: Exception) -> str:
 
 def _describe(result: Result, plan: Plan) -> None:
     kinds = {"seam": "seam", "matcher": "pattern", "annotated": "annotated"}
-    result.mixers = dict(Counter(claim.op for claim in plan.claims))
+    served = [(each.subject, len(each.members) or 1) for each in plan.decisions if each.rule != "match"]
+    result.mixers = {op: sum(count for name, count in served if name == op) for op, _ in served}
     result.captured_by = sorted({kinds[claim.by.split()[0]] for claim in plan.claims})
 
 
 @torch.no_grad()
 def logits_of(module: nn.Module, ids: Sequence[int]) -> torch.Tensor:
     """[S, V] of one whole sequence by the original module, without a cache and without anything of ours."""
-    logits: torch.Tensor = module(input_ids=torch.tensor([ids]), use_cache=False).logits
+    with _FirstOfEqual():
+        logits: torch.Tensor = module(input_ids=torch.tensor([ids]), use_cache=False).logits
     return logits[0].float()
+
+
+class _FirstOfEqual(TorchFunctionMode):
+    """`topk` leaves open which of equal values it takes, and takes others at other lengths: an indexer with few heads has many scores of
+    exactly zero, and its model then contradicts its own prefix. Here the first is taken."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in (torch.topk, torch.Tensor.topk):
+            return func(*args, **(kwargs or {}))
+        given = dict(zip(("input", "k", "dim", "largest"), args, strict=False)) | (kwargs or {})
+        dim, count = given.get("dim", -1), given["k"]
+        best = torch.sort(given["input"], dim=dim, descending=given.get("largest", True), stable=True)
+        return torch.return_types.topk([values.narrow(dim, 0, count) for values in best])
 
 
 def _check_greedy(oracle: nn.Module, llm: LLM, prompts: Sequence[Sequence[int]]) -> int:

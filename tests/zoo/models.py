@@ -1,8 +1,7 @@
 """Every causal language model type that `zoo.json` describes, tiny and with random weights that make a mistake show.
 
 Logits spread by about 1, nothing that starts constant stays so (unit norms and zero biases hide bugs), windows and chunks are shorter
-than the prompts, and every kind of layer of a hybrid is there. Indexers have 16 heads: with 4, one score in ten is exactly zero, and
-which of equal scores `torch.topk` takes differs from one length to the next, so a module would not agree with its own prefix.
+than the prompts, and every kind of layer of a hybrid is there.
 """
 
 from __future__ import annotations
