@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-QUICK = "(silu and (float64 or padding or dirty_memory)) or (long and chunks)"
+QUICK = "silu and padding"
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 

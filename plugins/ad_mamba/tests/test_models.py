@@ -35,7 +35,7 @@ CLAIMS = {
 }
 """Calls of the canonical ops in the graph: the mixers of the configuration, counted by hand. Zamba's Mamba has two heads, each a scan."""
 OPS = {"ad_mamba::selective_scan": "scan", "ad_mamba::ssd": "ssd", "ad_conv::causal_conv1d": "conv", "ad_attention::attention": "attention"}
-FAST = ("mamba", "mamba2", "bamba")
+FAST = ("mamba", "mamba2")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 from ad_core.testing.triton_budget import complaints, measure, usage  # noqa: E402
 from ad_mamba.kernels import aot  # noqa: E402
 
-FAST = ("bf16-scan", "bf16-ssd-n128", "bf16-ssd-n128-decode")
+FAST = ("bf16-scan", "bf16-ssd-n128-decode")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in aot.variants()])

@@ -12,6 +12,8 @@ OP = "ad_conv::causal_conv1d"
 SCHEMA = f'{OP}(Tensor x, Tensor weight, Tensor? bias=None, *, str activation="") -> Tensor'
 ROLES = {"x": Role.TOKEN, "weight": Role.PARAM, "bias": Role.PARAM, "activation": Role.CONST}
 ACTIVATIONS = ("", "silu")
+BLOCK = 1 << 18
+"""Numbers of a block of tokens: what is in between stays in a core's cache, and memory is not fetched from the system for it."""
 
 
 def causal_conv1d_reference(
@@ -23,18 +25,31 @@ def causal_conv1d_reference(
     Half precision is computed in float32 and rounded once. Raises `ValueError` for another activation.
     """
     check_activation(activation)
-    return filtered(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight, bias, activation).to(x.dtype)
+    return filtered(F.pad(x, (0, 0, weight.shape[1] - 1, 0)), weight, bias, activation)
 
 
 def filtered(window: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
-    """The outputs of the last S of the S + K - 1 tokens of `window` [..., S + K - 1, C] -> [..., S, C]."""
-    dtype = torch.promote_types(window.dtype, torch.float32)
-    taps = weight.to(dtype).t().contiguous()  # [K, C]
-    window, width = window.to(dtype), taps.shape[0]
+    """The outputs of the last S of the S + K - 1 tokens of `window` [..., S + K - 1, C] -> [..., S, C], contiguous, of its dtype."""
+    width = weight.shape[1]
     length = window.shape[-2] - width + 1
-    result = window.narrow(-2, 0, length) * taps[0]
-    for k in range(1, width):
-        result.addcmul_(window.narrow(-2, k, length), taps[k])
+    dtype = torch.promote_types(window.dtype, torch.float32)
+    if length == 1:
+        return _finished((window.to(dtype) * weight.t()).sum(-2, keepdim=True), bias, activation).to(window.dtype)
+    taps = weight.to(dtype).t().contiguous()  # [K, C]
+    rows = max(BLOCK // max(1, window[..., 0, :].numel()), 1)
+    parts = []
+    for start in range(0, length, rows):
+        count = min(rows, length - start)
+        seen = window.narrow(-2, start, count + width - 1).to(dtype)
+        result = seen.narrow(-2, 0, count) * taps[0]
+        for k in range(1, width):
+            result.addcmul_(seen.narrow(-2, k, count), taps[k])
+        parts.append(_finished(result, bias, activation).to(window.dtype))
+    return torch.cat(parts, -2) if parts else window.new_empty(*window.shape[:-2], 0, window.shape[-1])
+
+
+def _finished(result: torch.Tensor, bias: torch.Tensor | None, activation: str) -> torch.Tensor:
+    """Overwrites `result`."""
     if bias is not None:
         result.add_(bias)
     return F.silu(result, inplace=True) if activation else result

@@ -34,7 +34,7 @@ def _causal_conv1d(
     """
     step, T = Step(*plan.tolist()), x.shape[1]
     if conv_state is None:  # one tap sees no other token
-        alone = filtered(x, weight, bias, activation).to(x.dtype)
+        alone = filtered(x, weight, bias, activation)
         alone[0, step.tokens :].zero_()
         return alone
     chunks: list[Prefill] = []
@@ -76,14 +76,14 @@ def _decode(
         before.copy_(window[:, 1:])
     else:
         conv_state.index_copy_(0, chosen, window[:, 1:])
-    return filtered(window, weight, bias, activation)[:, 0].to(x.dtype)
+    return filtered(window, weight, bias, activation)[:, 0]
 
 
 def _prefill(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, state: torch.Tensor) -> torch.Tensor:
     """The next tokens of one sequence: x [m, C] -> [m, C]. Moves its state [K - 1, C] on."""
     window = torch.cat([state, x])
     state.copy_(window[x.shape[0] :])
-    return filtered(window, weight, bias, activation).to(x.dtype)
+    return filtered(window, weight, bias, activation)
 
 
 def _fake(x: torch.Tensor, *_: object) -> torch.Tensor:

@@ -29,7 +29,7 @@ ROLES = {
 }
 CHUNK = 64
 """Tokens that meet each other in one matrix; between chunks only the state goes on."""
-BLOCK = 1024
+BLOCK = 512
 """Tokens whose matrices are in memory at once."""
 
 
@@ -93,8 +93,8 @@ def _block(
     keys, queries = by_chunk(B), by_chunk(C)  # [B, chunks, G, L, N]
 
     # Within a chunk: token j reaches token i >= j by C_i . B_j, decayed from j to i.
-    later = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu_(1)
-    weights = (decay[..., :, None] - decay[..., None, :]).masked_fill_(later, -torch.inf).exp_()  # [B, chunks, H, L, L]
+    later = torch.full((chunk, chunk), -torch.inf, dtype=steps.dtype, device=x.device).triu_(1)
+    weights = (decay[..., :, None] - decay[..., None, :]).add_(later).exp_()  # [B, chunks, H, L, L]
     scores = queries @ keys.transpose(-1, -2)  # [B, chunks, G, L, L]
     weights.unflatten(2, (groups, -1)).mul_(scores[:, :, :, None])
     out = weights @ values  # [B, chunks, H, L, P]
