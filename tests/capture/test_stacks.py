@@ -5,9 +5,13 @@ from copy import deepcopy
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose, WeightConverter
 
+from ad_core.capture.conversion import Conversion
 from ad_core.capture.stacks import stacked
+
+from .models import build
 
 ALIVE: "weakref.WeakSet[torch.Tensor]" = weakref.WeakSet()
 
@@ -94,3 +98,17 @@ def test_what_is_not_understood_or_does_not_fit_is_left_to_transformers(converte
 def test_parts_of_different_shapes_are_left_to_transformers():
     given = sources(("e.*.down", 4, (4, 3)), ("e.*.down", 1, (4, 2)))
     assert stacked(PLAIN, given, torch.empty(5, 4, 3)) is None
+
+
+def test_a_checkpoint_with_experts_is_streamed_so(tmp_path):
+    module = build("mixtral")
+    module.save_pretrained(tmp_path)
+    stored = {name: Stored(tensor) for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    ALIVE.clear()
+    Stored.most, found = 0, {}
+    for name, tensor in Conversion(module, stored, "here").stream():
+        found[name] = tensor.clone()
+    assert Stored.most <= 2, "the tensor that was given last, and the one being read"
+    wanted = module.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
