@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ad_conv import op
 from ad_conv.op import causal_conv1d
 
 
@@ -45,3 +46,9 @@ def test_bfloat16_is_rounded_once() -> None:
 def test_an_unknown_activation_is_refused() -> None:
     with pytest.raises(ValueError, match="gelu"):
         causal_conv1d(torch.zeros(1, 2, 3), torch.zeros(3, 2), activation="gelu")
+
+
+def test_blocks_of_a_long_sequence_join(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(op, "BLOCK", 40)
+    x, weight = torch.randn(2, 31, 5), torch.randn(5, 4)
+    torch.testing.assert_close(causal_conv1d(x, weight).double(), by_hand(x, weight, None, ""), rtol=1e-5, atol=1e-5)
