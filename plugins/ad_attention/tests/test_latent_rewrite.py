@@ -52,6 +52,15 @@ class FilledInPlace(Latent):
         return key.transpose(1, 2), by_head[..., NOPE:].transpose(1, 2)
 
 
+class Paired(Latent):
+    """The shared part is made in pairs, as a complex product would."""
+
+    def heads(self, up, rope):
+        pairs = rope[:, None].unflatten(-1, (-1, 2)) * 1.5
+        key, value = super().heads(up, pairs.flatten(3)[:, 0])
+        return key, value
+
+
 class HeadsLast(Latent):
     """The columns of the linear are features by heads, so its rows do not lie head by head."""
 
@@ -88,7 +97,7 @@ def ops(graph: torch.fx.GraphModule) -> list[str]:
     return [name for node in graph.graph.nodes if (name := qualified_name(node.target)).startswith("ad_attention")]
 
 
-@pytest.mark.parametrize("kind", [Latent, RopeFirst, FilledInPlace])
+@pytest.mark.parametrize("kind", [Latent, RopeFirst, FilledInPlace, Paired])
 @pytest.mark.parametrize("modifiers", [{}, {"window": 4}], ids=["plain", "window"])
 def test_every_spelling_becomes_one_op_with_the_same_values(kind, modifiers):
     model = kind()

@@ -208,7 +208,9 @@ def _write(node: Node, arguments: Mapping[str, Any], found: _Latent) -> None:
 
 
 def _by_token(before: Node, source: Node) -> Node:
-    """[B, S, features] of a tensor that has dimensions of size 1 besides."""
+    """[B, S, features] of a tensor that has dimensions of size 1 besides, or several of features."""
     shape = source.meta["val"].shape
     ones = [dim for dim, size in enumerate(shape) if isinstance(size, int) and size == 1]
-    return insert_call(before, aten.squeeze.dims, source, ones) if len(shape) > 3 else source
+    if len(shape) > 3 and ones:
+        source = insert_call(before, aten.squeeze.dims, source, ones)
+    return insert_call(before, aten.flatten.using_ints, source, 2, -1) if source.meta["val"].dim() > 3 else source
