@@ -2,7 +2,6 @@
 
 from ad_core.api.loading import CompileBackend
 from ad_core.backends.eager import EagerBackend
-from ad_core.backends.inductor import InductorBackend
 
-BACKENDS: tuple[CompileBackend, ...] = (EagerBackend(), InductorBackend())
+BACKENDS: tuple[CompileBackend, ...] = (EagerBackend(),)
 """The core's own; plugins add theirs."""

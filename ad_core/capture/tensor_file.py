@@ -33,8 +33,8 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_PIECE = 16 << 20
-"""Bytes read at a time when the dtype changes on the way."""
+_PIECE = 1 << 20
+"""Bytes read at a time when the dtype changes on the way. Few: the holes that larger ones leave between tensors add up."""
 
 
 @dataclass(frozen=True)

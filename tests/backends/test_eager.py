@@ -8,6 +8,7 @@ import weakref
 import torch
 from torch import fx, nn
 
+from ad_core.backends import eager
 from ad_core.backends.eager import EagerBackend
 
 
@@ -75,3 +76,36 @@ def test_weights_are_read_from_the_graph_and_not_copied():
     call = EagerBackend().compile(graph_module)
     graph_module.weight.data.fill_(5.0)
     assert call(torch.ones(3)).tolist() == [5.0] * 3
+
+
+class Everyday(nn.Module):
+    """Every op that has a shorter way to be called, with the arguments that graphs have."""
+
+    def forward(self, x):
+        table = torch.arange(24.0, dtype=torch.float64).view(12, 2)
+        rows = nn.functional.embedding((x.abs() * 3).long().clamp(max=11), table, padding_idx=0).sum((-1, -2), True, dtype=torch.float32)
+        y = torch.add(x, x, alpha=2) - 0.5 * x.neg() / 3 + (x + 1.5).pow(2).mean([-1], True).rsqrt() * x.exp().sqrt()
+        y = torch.where(y > 0.2, y.sin(), torch.div(y.cos(), 0.1, rounding_mode="floor")) + rows.mean(-1)[:, :, None].expand(
+            -1, -1, 8
+        ).mean(1)
+        a, b = torch.cat([y, y.tanh()], -1).split([10, 6], -1)
+        scores = torch.bmm(a[:, None].sigmoid().permute(0, 2, 1), b.unsqueeze(1)).transpose(1, 2).softmax(-1, dtype=torch.float64)
+        return scores.to(torch.float32, copy=True) @ a.reshape(-1, 10, 1), scores.select(1, 2).sum(), torch.sub(y, 1).squeeze()
+
+
+def test_every_shorter_call_gives_the_same_bits():
+    torch.manual_seed(0)
+    graph = exported(Everyday(), torch.randn(4, 8))
+    graph.graph.set_codegen(fx.graph.CodeGen())
+    for node in [node for node in graph.graph.nodes if node.op == "call_module"]:
+        graph.graph.erase_node(node)
+    graph = fx.GraphModule(graph, graph.graph)
+    named = {
+        node.target._schema.name.removeprefix("aten::") for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)
+    }
+    assert set(eager._FUNCTIONS) <= named
+    assert set(eager._METHODS) <= {node.target for node in graph.graph.nodes}
+    x = torch.randn(7, 8)
+    for want, got in zip(graph(x), EagerBackend().compile(graph)(x), strict=True):
+        assert got.dtype == want.dtype
+        assert torch.equal(want, got)

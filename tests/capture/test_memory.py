@@ -1,4 +1,4 @@
-"""How much memory it takes to open, capture and load a model of a billion parameters. Slow: writes 2.5 GB to disk."""
+"""How much memory it takes to open, capture, load and run a model of a billion parameters. Slow: writes 2.5 GB to disk."""
 
 from __future__ import annotations
 
@@ -77,3 +77,29 @@ def test_loading_takes_little_more_than_the_weights(stored, tmp_path):
     assert not found["numbers"]  # more than the limit: nothing is loaded to compare
     assert found["opened"] < 0.1 * found["held"]
     assert found["peak"] <= 1.15 * found["held"], found
+
+
+ENGINE = """
+import json, sys
+import torch, ad_attention.plugin
+import transformers.models.llama.modeling_llama, transformers.conversion_mapping, torch.export._trace, torch._dynamo
+from ad_core import LLM, SamplingParams
+
+def resident(key):
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
+
+before = resident("VmRSS")
+with LLM(sys.argv[1], dtype="bfloat16", memory="512MiB", max_batch_tokens=512, max_requests=8) as llm:
+    (output,) = llm.generate([list(range(5, 600))], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 4
+    print(json.dumps({"printed": dict(llm.plan.memory), "peak": resident("VmHWM") - before, "now": resident("VmRSS") - before}))
+"""
+
+
+@pytest.mark.slow
+def test_the_memory_that_is_printed_is_the_memory_that_is_taken(tmp_path):
+    write_checkpoint(tmp_path, torch.bfloat16)
+    done = subprocess.run([sys.executable, "-c", ENGINE, tmp_path], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["peak"] == pytest.approx(found["printed"]["total"], rel=0.15), found

@@ -202,3 +202,44 @@ def test_the_peak_is_one_weight_above_what_was_there() -> None:
     assert matched == 17
     assert peak - before < 64  # of 256 MiB that were packed; one is 16
     assert after - before < 32
+
+
+class Branches(nn.Module):
+    """Three linears of one input, with and without biases, whose results are viewed as if they were contiguous."""
+
+    def __init__(self, biases: tuple[bool, bool, bool]):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, 24)
+        self.parts = nn.ModuleList(nn.Linear(24, width, bias=bias) for width, bias in zip((40, 16, 16), biases, strict=True))
+        self.head = nn.Linear(24, VOCABULARY, bias=False)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(input_ids)
+        q, k, v = (part(x) for part in self.parts)
+        flat = q.view(-1, 8).sum(-1).view(*x.shape[:2], 5).transpose(1, 2).mean(1, keepdim=True).transpose(1, 2)
+        return self.head(torch.cat([k, k[..., :8]], -1) * v.mean(-1, keepdim=True) + flat)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize(("biases", "linears"), [((True,) * 3, 2), ((False,) * 3, 2), ((True, False, True), 3)])
+def test_linears_of_one_input_become_one(biases: tuple[bool, bool, bool], linears: int) -> None:
+    graph = graph_of(Branches(biases).bfloat16())
+    names = [f"parts.{number}.{kind}" for number in range(3) for kind in ("weight", "bias")]
+    storages = [weakref.ref(tensor) for tensor in (tensor_at(graph, name) for name in names) if tensor is not None]
+    wanted = [run(graph, *shape) for shape in ((1, 1), (2, 11))]
+    report = pack(graph)
+    assert (report.matched, report.declined) == (4, [])
+    assert report.notes == [f"{5 - linears} linears that share their input with others became 1"]
+    assert ops(graph).count(PACKED) == linears
+    gone = 3 + 3 if biases[0] and biases[1] else 3
+    assert sum(storage() is None for storage in storages) >= gone
+    for shape, each in zip(((1, 1), (2, 11)), wanted, strict=True):
+        torch.testing.assert_close(run(graph, *shape), each, rtol=2e-2, atol=2e-2)
+
+
+@needs_bfloat16
+def test_merging_can_be_switched_off() -> None:
+    graph = graph_of(Branches((True,) * 3).bfloat16())
+    assert pack(graph, merge=False).notes == []
+    assert ops(graph).count(PACKED) == 4

@@ -6,7 +6,7 @@ import torch
 
 from ad_attention.kernels import torch_math, torch_plan
 from ad_attention.kernels.torch_math import Modifiers
-from ad_attention.kernels.torch_plan import EXACT, FUSED, NONE, SPLIT, Group, Prefill, Step
+from ad_attention.kernels.torch_plan import BAGGED, EXACT, FUSED, NONE, SPLIT, Group, Prefill, Step
 from ad_attention.kernels.torch_ref import TorchPaged
 from ad_attention.mixer import Attention
 from ad_attention.testing import CASES, case
@@ -48,9 +48,10 @@ def test_groups_that_are_cut_to_one_row_each(monkeypatch, name):
         check(Subject(MIXER, BY_NAME[name], KERNEL))
 
 
-@pytest.mark.parametrize("limit", [0, 10**9], ids=["products", "fused"])
+@pytest.mark.parametrize(("limit", "shared"), [(0, 0), (0, 4), (10**9, 4)], ids=["products", "bags", "fused"])
 @pytest.mark.parametrize("entry", [e for e in CASES if e.name not in ("wide_value", "window_one")], ids=lambda e: e.name)
-def test_every_way_to_compute_a_half_precision_decode(monkeypatch, entry, limit):
+def test_every_way_to_compute_a_half_precision_decode(monkeypatch, entry, limit, shared):
+    monkeypatch.setattr(torch_plan, "BAGS_SHARED_BY", shared)
     monkeypatch.setattr(torch_plan, "SMALL_ELEMENTS", limit)
     kernel_checks.float64(Subject(MIXER, entry, KERNEL))
 
@@ -71,7 +72,8 @@ def test_the_way_is_chosen_by_size_dtype_and_modifiers():
     assert mode(1000, viewed=True, dtype=torch.bfloat16) == FUSED
     assert mode(10**7, viewed=True, dtype=torch.bfloat16) == EXACT
     if torch_plan._bfloat16_products_are_fast():
-        assert mode(10**7, dtype=torch.bfloat16) == SPLIT
+        assert mode(10**7, dtype=torch.bfloat16) == BAGGED
+        assert mode(10**7, dtype=torch.bfloat16, heads=16) == SPLIT  # eight query heads would read each value
 
 
 def test_split_products_do_not_round_scores_to_bfloat16():

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ad_attention.kernels.torch_plan import FUSED, SPLIT
+from ad_attention.kernels.torch_plan import BAGGED, FUSED, SPLIT
 from ad_attention.scores import first_visible, score_bias
 
 FUSED_ROWS = 64
@@ -36,40 +36,59 @@ class Modifiers(NamedTuple):
     buckets: torch.Tensor | None
 
 
+class Bagged(NamedTuple):
+    """Values that are not gathered: `rows` [slots * G, Dv] of the pool, of which `wanted` [n, G, 1, L] names some."""
+
+    rows: torch.Tensor
+    wanted: torch.Tensor
+
+    def weighted(self, shares: torch.Tensor) -> torch.Tensor:
+        """The sums of values by `shares` [n, G, R, L] -> [n * G * R, Dv], each rounded once."""
+        total, length = shares.numel(), shares.shape[-1]
+        starts = torch.arange(0, total, length, dtype=self.wanted.dtype, device=shares.device)
+        index = self.wanted.expand(shares.shape).reshape(-1)
+        return torch.embedding_bag(self.rows, index, starts, False, 0, False, shares.reshape(-1), False)[0]
+
+
 def decode(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, biases: Sequence[torch.Tensor], given: Modifiers, mode: int
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor | Bagged, biases: Sequence[torch.Tensor], given: Modifiers, mode: int
 ) -> torch.Tensor:
     """query [n, H, D], keys [n, G, L, D], values [n, G, L, Dv] -> [n, H, Dv]. Each of `biases` broadcasts to [n, G, R, L].
 
     FUSED: one call, half precision, no softcap. EXACT: batched products in float32 (or float64). SPLIT: batched bfloat16
     products, which write bfloat16; so that scores keep float32's meaning, a second product gives what the first one rounded
-    away. Rounding the scores alone makes a model's bfloat16 logits five per cent worse.
+    away. Rounding the scores alone makes a model's bfloat16 logits five per cent worse. BAGGED: the same with values that were
+    not gathered.
     """
     n, H, D = query.shape
     G, L = keys.shape[1:3]
     if mode == FUSED:
+        assert isinstance(values, torch.Tensor)
         bias = sum(biases[1:], start=biases[0]) if biases else None
         out, lse = fused_cpu(query.view(n, G, H // G, D), keys, values, 0.0, False, attn_mask=bias, scale=given.scale)
         out = out if given.sinks is None else _sink(out, lse[..., None], given.sinks)
         return out.reshape(n, H, -1)
     flat_keys = keys.reshape(n * G, L, D).transpose(1, 2)
-    flat_values = values.reshape(n * G, L, -1)
     factor = given.scale if given.softcap is None else given.scale / given.softcap
-    if mode == SPLIT:
+    if mode in (SPLIT, BAGGED):
         rows = query.reshape(n * G, -1, D)
         high = torch.bmm(rows, flat_keys)
         low = torch.baddbmm(high, rows, flat_keys, beta=-1)
         scores = high.float().add_(low).mul_(factor)
     else:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        flat_values = flat_values.to(dtype)
         scores = torch.bmm(query.to(dtype).mul(factor).reshape(n * G, -1, D), flat_keys.to(dtype))
     scores = scores.view(n, G, -1, L)
     if given.softcap is not None:
         scores.tanh_().mul_(given.softcap)
     for bias in biases:
         scores.add_(bias)
-    out = torch.bmm(scores.softmax(-1).to(flat_values.dtype).view(n * G, -1, L), flat_values).view(n, G, H // G, -1)
+    shares = scores.softmax(-1)
+    if isinstance(values, Bagged):
+        out = values.weighted(shares.to(query.dtype)).view(n, G, H // G, -1)
+    else:
+        flat_values = values.reshape(n * G, L, -1).to(query.dtype if mode == SPLIT else scores.dtype)
+        out = torch.bmm(shares.to(flat_values.dtype).view(n * G, -1, L), flat_values).view(n, G, H // G, -1)
     if given.sinks is not None:
         out = _sink(out, scores.logsumexp(-1, keepdim=True), given.sinks)
     return out.view(n, H, -1).to(query.dtype)

@@ -25,7 +25,9 @@ SMALL_ELEMENTS = 200_000
 """Gathered key elements below which set-up counts most: half precision is then not worth two batched products of its own."""
 SMALL_VIEW = 64_000
 """The same for keys that are read where they lie: converting them is then the only copy."""
-FUSED, EXACT, SPLIT = range(3)
+BAGS_SHARED_BY = 4
+"""Up to so many query heads a key/value head, values are summed where they lie; with more, each would be read too often."""
+FUSED, EXACT, SPLIT, BAGGED = range(4)
 """How a decode group is computed, see `torch_math`."""
 NONE = -1
 
@@ -98,7 +100,7 @@ class Shape:
         if viewed:
             return FUSED if fused and elements < SMALL_VIEW else EXACT
         if elements >= SMALL_ELEMENTS and self.dtype == torch.bfloat16 and _bfloat16_products_are_fast():
-            return SPLIT
+            return BAGGED if self.query_heads <= BAGS_SHARED_BY * self.heads else SPLIT
         return FUSED if fused else EXACT
 
 

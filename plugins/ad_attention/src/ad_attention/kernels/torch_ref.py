@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ from ad_attention.kernels import torch_math
 from ad_attention.kernels.distance import distance_buckets as bucket_table
 from ad_attention.kernels.distance import parse_rule
 from ad_attention.kernels.torch_math import Modifiers
-from ad_attention.kernels.torch_plan import NONE, Group, Prefill, Shape, plan_buffers, plan_step
+from ad_attention.kernels.torch_plan import BAGGED, NONE, Group, Prefill, Shape, plan_buffers, plan_step
 from ad_attention.scores import head_bias
 from ad_core.api import BatchView, BufferSpec, Declined, Environment, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
@@ -45,15 +46,18 @@ class _Pages:
         """Keys [1, G, L, D], values and biases in consecutive slots, without a copy."""
         return [None if pool is None else _slots(pool, start, length).transpose(0, 1)[None] for pool in self.pools]
 
-    def gather(self, index: torch.Tensor, count: int, length: int) -> list[torch.Tensor | None]:
-        """Keys [n, G, L, D], values and biases at a gather index [n, G, L]."""
-        out: list[torch.Tensor | None] = []
-        for pool in self.pools:
+    def gather(self, index: torch.Tensor, count: int, length: int, bagged: bool = False) -> list[Any]:
+        """Keys [n, G, L, D], values and biases at a gather index [n, G, L]. With `bagged`, the values stay where they lie."""
+        out: list[Any] = []
+        for number, pool in enumerate(self.pools):
             if pool is None:
                 out.append(None)
                 continue
             flat, heads = pool.flatten(0, 2), pool.shape[2]
-            out.append(flat.index_select(0, index).view(count, heads, length, *flat.shape[1:]))
+            if bagged and number == 1:
+                out.append(torch_math.Bagged(flat, index.view(count, heads, 1, length)))
+            else:
+                out.append(flat.index_select(0, index).view(count, heads, length, *flat.shape[1:]))
         return out
 
     def stored(self, start: int, count: int, length: int) -> torch.Tensor:
@@ -171,12 +175,12 @@ def _decode_group(query: torch.Tensor, start: int, group: Group, pages: _Pages, 
     if group.view_start != NONE:
         keys, values, key_bias = pages.view(group.view_start, length)
     elif group.index_start != NONE:
-        keys, values, key_bias = pages.gather(pages.stored(group.index_start, count, length), count, length)
+        keys, values, key_bias = pages.gather(pages.stored(group.index_start, count, length), count, length, group.mode == BAGGED)
         if group.masked:
             biases.append(mask[group.index_start : group.index_start + count * length].view(count, 1, 1, length))
     else:
         index, ragged = pages.decode_index(start, count, length)
-        keys, values, key_bias = pages.gather(index, count, length)
+        keys, values, key_bias = pages.gather(index, count, length, group.mode == BAGGED)
         biases.append(ragged)
     assert keys is not None
     assert values is not None
