@@ -1,6 +1,6 @@
 # make demo    real weights through our own captured, cached and compiled graph
 # make test    the tests of the core and of every plugin
-# make zoo     every model type of the zoo, and docs/support.md from what came of it (half an hour on two cores)
+# make zoo     every model type of the zoo, docs/support.md from what came of it, and the index (half an hour on two cores)
 # make lint    style, types, and who may import whom
 # make wheels  every distribution, into dist/
 #
@@ -30,6 +30,7 @@ test: $(READY) $(MODEL)
 
 zoo: $(READY)
 	$(BIN)/python -m tests.zoo --page docs/support.md
+	$(BIN)/python tools/gen_index.py
 
 lint: $(READY)
 	$(BIN)/ruff check .

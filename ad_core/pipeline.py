@@ -205,6 +205,7 @@ class _Pipeline:
         with self._phase("passes"):
             self._run(manager, graph, Stage.FUSE, Stage.CACHE)
         self.plan.decisions += choices.decisions
+        self.plan.nodes = len(graph.graph.nodes)
 
     def _manager(self, extra: Sequence[Pass]) -> PassManager:
         core: list[Pass] = [*clean_passes(), *extra, *compile_passes(self.config.backend)]

@@ -89,6 +89,8 @@ class Plan:
     """The ledger, in bytes: weights, pools, workspace ..."""
     phases: dict[str, float] = field(default_factory=dict)
     """Seconds of each phase of the start."""
+    nodes: int = 0
+    """Nodes of the cached graph, before it is compiled."""
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

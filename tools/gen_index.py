@@ -1,4 +1,4 @@
-"""Writes the index of known plugins from the plugins of this repository and tools/known_plugins.toml.
+"""Writes the index of known plugins from the plugins of this repository, docs/support.md and tools/known_plugins.toml.
 
 python tools/gen_index.py            writes ad_core/registry/known_plugins.json
 python tools/gen_index.py --check    fails if it would change
@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from ad_core.registry.validate import op_name
 
 ROOT = Path(__file__).resolve().parent.parent
 CURATED = ROOT / "tools" / "known_plugins.toml"
+SUPPORT = ROOT / "docs" / "support.md"
 INDEX = ROOT / "ad_core" / "registry" / "known_plugins.json"
 
 
@@ -32,6 +35,11 @@ def index() -> str:
         metadata = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
         for name, module in metadata["entry-points"][ENTRY_POINT_GROUP].items():
             plugins.setdefault(name, {}).update(available=True, distribution=metadata["name"], **_own_words(module))
+    served = _model_types()
+    for entry in plugins.values():
+        found = set(entry.get("model_types", ())).union(*(served[namespace] for namespace in entry.get("op_namespaces", ())))
+        if found:
+            entry["model_types"] = sorted(found)
     return json.dumps({"format": 1, "plugins": plugins}, indent=1, sort_keys=True) + "\n"
 
 
@@ -41,6 +49,15 @@ def _own_words(module: str) -> dict[str, Any]:
     ops = sorted(op_name(offer.item) for offer in registry.canonical_ops())
     (info,) = registry.infos
     return {"summary": info.summary, "op_namespaces": list(info.op_namespaces), "ops": ops}
+
+
+def _model_types() -> dict[str, set[str]]:
+    """By namespace of canonical ops, the model types that the page of what works says are served with them."""
+    served: dict[str, set[str]] = defaultdict(set)
+    for model_type, ops in re.findall(r"^\| ([\w-]+) \| works \| ([^|]*) \|", SUPPORT.read_text(encoding="utf-8"), re.MULTILINE):
+        for namespace in re.findall(r"`(\w+)::", ops):
+            served[namespace].add(model_type)
+    return served
 
 
 def main() -> int:

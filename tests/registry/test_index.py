@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ad_core.registry import Registry
-from ad_core.registry.index import install_hint, known_plugins, providers
+from ad_core.registry.index import KnownPlugin, install_hint, known_plugins, providers
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,7 +32,7 @@ def test_every_plugin_of_this_repository_is_available_and_no_other():
 
 
 def test_a_model_may_need_several_plugins():
-    assert {plugin.name for plugin in providers(model_type="bamba")} == {"attention", "mamba"}
+    assert {plugin.name for plugin in providers(model_type="bamba")} == {"attention", "conv", "mamba"}
     assert [plugin.name for plugin in providers(op="ad_attention::attention")] == ["attention"]
     assert [plugin.name for plugin in providers(op="ad_mamba::anything")] == ["mamba"]
     assert [plugin.name for plugin in providers(suffix=".GGUF")] == ["quant"]
@@ -47,11 +47,28 @@ def test_what_is_not_installed_and_available_gets_its_pip_line(plugin):
     assert install_hint(model_type="llama") == hint
 
 
-def test_what_is_only_planned_is_never_a_pip_line():
+def test_several_plugins_get_a_pip_line_each():
     hint = install_hint(Registry.isolated(), model_type="mamba2")
-    assert "ad-mamba" in hint
+    assert all(f"{sys.executable} -m pip install -U {name}   " in hint for name in ("ad-conv", "ad-mamba"))
+    assert names(hint) == {"ad-conv", "ad-mamba"}
+
+
+def test_what_is_only_planned_is_never_a_pip_line(monkeypatch):
+    planned = KnownPlugin("later", "ad-later", False, "what is to come", op_namespaces=("ad_later",))
+    monkeypatch.setattr("ad_core.registry.index.known_plugins", lambda: (planned,))
+    hint = install_hint(Registry.isolated(), op="ad_later::op")
+    assert "ad-later" in hint
     assert "planned" in hint
     assert "pip install" not in hint
+
+
+def test_every_type_that_works_is_known_with_all_that_serves_it():
+    """The page of what works names the ops; the index must name those who bring them."""
+    rows = re.findall(r"^\| ([\w-]+) \| works \| (.*?) \|", (ROOT / "docs" / "support.md").read_text(), re.MULTILINE)
+    assert len(rows) > 100
+    for model_type, ops in rows:
+        namespaces = set(re.findall(r"`(\w+)::", ops))
+        assert namespaces <= {name for plugin in providers(model_type=model_type) for name in plugin.op_namespaces}, model_type
 
 
 def test_what_is_installed_but_not_usable_is_to_be_mended_not_installed(plugin, install):
