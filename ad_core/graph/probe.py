@@ -22,6 +22,8 @@ PROBE_BYTES = 4 << 30
 """What a region may take: one with larger operands is not tried."""
 
 _BLOCK = 1 << 20
+_FEW = 64
+_COMPARISONS = tuple(f"aten::{name}" for name in "eq ne lt le gt ge isin".split())
 _UNINITIALISED = (
     "aten::empty",
     "aten::empty_like",
@@ -99,7 +101,25 @@ class Probe:
             return True
         return False
 
-    def _make_up(self, node: Node, sizes: Sizes) -> Any:
+    def _telling_ids(self, cone: Sequence[Node], entries: Sequence[Node]) -> torch.Tensor:
+        """Token ids among which every comparison with a constant in the cone turns out both ways: a padding token, say. Each stands
+        before one that differs. Without comparisons just a few ids."""
+        limit = min((self._sizes.number(node.meta["val"].shape[0]) for node in entries if _is_table(node)), default=1 << 31)
+        constants: set[int] = set()
+        for node in cone:
+            if is_op(node, *_COMPARISONS):
+                constants |= {value for value in node.args if isinstance(value, int)}
+                constants.update(*(self._constants(parent) for parent in node.all_input_nodes))
+        wanted = sorted(value for value in constants if 0 < value < limit - 1)
+        return torch.tensor([id for value in wanted for id in (value, value + 1 if value + 1 not in wanted else 0)] or range(4))
+
+    def _constants(self, node: Node) -> list[int]:
+        """The whole numbers that the node reads, if it reads a few."""
+        real = tensor_at(self._graph, str(node.target)) if node.op == "get_attr" else None
+        few = real is not None and not real.is_meta and not real.is_floating_point() and not real.is_complex() and real.numel() <= _FEW
+        return real.flatten().tolist() if few and real is not None else []
+
+    def _make_up(self, node: Node, sizes: Sizes, ids: torch.Tensor | None = None) -> Any:
         value = node.meta["val"]
         if not isinstance(value, torch.Tensor):
             return sizes.number(value)
@@ -110,7 +130,8 @@ class Probe:
         if node.op == "placeholder" and not value.is_floating_point():
             if node.target == "position_ids":
                 return torch.arange(shape[1], dtype=value.dtype).expand(shape).clone()
-            return torch.randint(0, 4, shape, generator=generator(node.name), dtype=value.dtype)
+            ids = torch.arange(4) if ids is None else ids
+            return ids[torch.randint(0, len(ids), shape, generator=generator(node.name))].to(value.dtype)
         return random_tensor(shape, value.dtype, node.name)
 
     # -- the trial ------------------------------------------------------------------------------------------------------
@@ -122,9 +143,10 @@ class Probe:
         needed = sum(_bytes(entry.meta["val"], sizes) for entry in entries)
         if needed > PROBE_BYTES:
             return [Verdict(mixes=f"its operands take {needed / 2**30:.1f} GiB, too much to try it")] * len(exits)
+        ids = self._telling_ids(cone, entries)
         watched: list[Reaction] = []
         for positive in (False, True):  # where some ops give no numbers, or do not react, others may
-            values = {entry: self._make_up(entry, sizes) for entry in entries}
+            values = {entry: self._make_up(entry, sizes, ids) for entry in entries}
             if positive:
                 values = {entry: _positive(value) for entry, value in values.items()}
             base = _execute(cone, values, sizes, keep=exits)
@@ -133,7 +155,7 @@ class Probe:
                 other = dict(values)
                 for entry in entries:
                     for axis in axes(entry):
-                        other[entry] = _change_tokens(other[entry], axis, tokens)
+                        other[entry] = _change_tokens(other[entry], axis, tokens, ids if entry.target == "input_ids" else None)
                 results = _execute(cone, other, sizes, keep=exits)
                 for node, reaction in zip(exits, again, strict=True):
                     reaction.see(results[node], tokens)
@@ -158,6 +180,7 @@ class Probe:
         for entry in entries:
             kind = entry.op if entry.op == "placeholder" else "value"
             digest.update(repr((kind, _described(entry.meta["val"]), sorted(axes(entry)))).encode())
+            digest.update(repr(self._constants(entry)).encode())
         for node in cone:
             arguments = torch.fx.node.map_arg((node.args, node.kwargs), lambda parent: f"%{number[parent]}")
             digest.update(repr((str(node.target), arguments)).encode())
@@ -220,8 +243,13 @@ def _separating(length: int) -> Iterator[torch.Tensor]:
         yield ~chosen
 
 
-def _change_tokens(value: torch.Tensor, axis: Axis, tokens: torch.Tensor) -> torch.Tensor:
-    """A copy in which everything of some tokens is another: about as large as before, and far from it."""
+def _is_table(node: Node) -> bool:
+    """Whether the made-up value is a table that token ids are looked up in."""
+    return any(is_op(user, "aten::embedding") and user.args[0] is node for user in node.users)
+
+
+def _change_tokens(value: torch.Tensor, axis: Axis, tokens: torch.Tensor, ids: torch.Tensor | None = None) -> torch.Tensor:
+    """A copy in which everything of some tokens is another: about as large as before, and far from it; of `ids` the next."""
     changed = value.clone()
     place = tokens[(torch.arange(value.shape[axis.dim]) // axis.inner) % len(tokens)]
     rows = changed.movedim(axis.dim, 0)
@@ -230,6 +258,9 @@ def _change_tokens(value: torch.Tensor, axis: Axis, tokens: torch.Tensor) -> tor
         rows[place] = old.flip(-1).neg() + 2 if old.dim() > 1 else 2 - old
     elif value.dtype == torch.bool:
         rows[place] = ~old
+    elif ids is not None:
+        place_of = (old[..., None] == ids).int().argmax(-1)
+        rows[place] = ids[(place_of + 1) % len(ids)].to(value.dtype)
     else:
         rows[place] = (old + 1) % 4 if int(value.max()) < 4 else old + 1
     return changed

@@ -17,10 +17,12 @@ _COARSE = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial found for one value: `axis` of its tokens (None: it does not depend on them), or why they mix."""
+    """What a trial found for one value: `axis` of its tokens (None: it does not depend on them), or why they mix. `counted`: it does
+    not depend on them and differs from one to the next."""
 
     axis: Axis | None = None
     mixes: str | None = None
+    counted: bool = False
 
 
 class Reaction:
@@ -61,12 +63,20 @@ class Reaction:
 
     @property
     def verdict(self) -> Verdict:
-        """Of several tensors the first that reacted tells the axis. A value that never did does not depend on the tokens."""
+        """Of several tensors the first that reacted tells the axis. A value that never did does not depend on the tokens; if it differs
+        from one to the next all the same, something counted them."""
         if self.mixes is not None:
             return Verdict(mixes=self.mixes)
         if not self._finite:
             return Verdict(mixes="gave no finite numbers, so nothing is proved")
+        if not any(self._reacted) and any(self._varies(part) for part in self._parts):
+            return Verdict(mixes="differs from token to token, whatever they are", counted=True)
         return Verdict(next((self._possible[index][0] for index, reacted in enumerate(self._reacted) if reacted), self._by_shape))
+
+    def _varies(self, part: torch.Tensor) -> bool:
+        if self._by_shape is None or self._by_shape.dim >= part.dim() or part.shape[self._by_shape.dim] != self._length:
+            return False
+        return bool(_differs(part, part.narrow(self._by_shape.dim, 0, 1).expand_as(part)).any())
 
     @property
     def _finite(self) -> bool:

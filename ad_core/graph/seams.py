@@ -22,11 +22,15 @@ Entered = Callable[[str], None]
 
 
 class MarkedFunctionSeam(Seam):
-    """Swaps the module-level functions that a library marks as replaceable: `@decorator("MARK", ...)` above a `def` in the file of
-    the model's class. Files and classes differ from model to model, marks do not."""
+    """Swaps the module-level functions that stand for a library's kernel, in the file of the model's class. Files and classes differ
+    from model to model, marks do not.
+
+    A function stands for the kernel if it is marked as replaceable by it, `@decorator("MARK", ...)` above its `def`; if it was imported
+    from a file that marks it; or if it has the kernel's own name, imported from the kernel's library or written in its place.
+    """
 
     mark: str
-    """The decorator's first argument."""
+    """The decorator's first argument: the name of the kernel."""
 
     @abstractmethod
     def replacement(self, original: Callable[..., Any], entered: Entered) -> Callable[..., Any]:
@@ -59,8 +63,8 @@ class MarkedFunctionSeam(Seam):
                 file = sys.modules.get(base.__module__)
                 if file is None or base.__module__.startswith("torch.") or base.__module__ == "builtins":
                     continue
-                for name, mark in _marks(file).items():
-                    if mark == self.mark and name in _names(base):
+                for name in _names(base):
+                    if _stands_for(file, name, self.mark):
                         found[file.__name__, name] = file, name
         return list(found.values())
 
@@ -98,6 +102,28 @@ class ForwardSeam(Seam):
 
 
 _MISSING = object()
+
+
+def _stands_for(file: ModuleType, name: str, mark: str) -> bool:
+    """Whether the file's global `name` is a function in the place of the kernel `mark`."""
+    own_mark = _marks(file).get(name)
+    function = vars(file).get(name)
+    if own_mark is not None or not callable(function) or isinstance(function, type):
+        return own_mark == mark
+    called = getattr(function, "__name__", None)
+    home = sys.modules.get(getattr(function, "__module__", None) or "")
+    if home is not None and home is not file and _mentions(home, mark) and (home_mark := _marks(home).get(called or "")) is not None:
+        return home_mark == mark
+    return called == mark
+
+
+@cache
+def _mentions(file: ModuleType, mark: str) -> bool:
+    """Whether the mark is in the file's source at all, which is told sooner than where."""
+    try:
+        return mark in inspect.getsource(file)
+    except (OSError, TypeError):
+        return False
 
 
 @cache

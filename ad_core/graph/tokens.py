@@ -267,6 +267,8 @@ class _Search:
             for node in self._above(entry):
                 self._settle(node)
         verdicts = self._probe.try_region([node for node in self._order if node in region], exits, self._axes_of)
+        if exits[0] is origin and verdicts[0].counted:  # what comes after it reacts to other things, and hides this
+            return None
         for node, verdict in zip(exits, verdicts, strict=True):
             if verdict.mixes is None:
                 return node, frozenset([verdict.axis]) if verdict.axis is not None else _NONE

@@ -116,3 +116,57 @@ def test_a_forward_is_swapped_and_one_that_was_set_before_comes_back(library):
     assert "forward" not in vars(model[0])
     assert model[1].forward is own
     assert isinstance(Negated().applies(nn.Linear(2, 2)), Declined)
+
+
+CALLERS = """
+from torch import nn
+from marked_library import add_up, add_up as total
+
+def running_sum(x):
+    return x.cumsum(1)
+
+def other_sum(x):
+    return x.cumsum(1)
+
+class Imported(nn.Module):
+    def forward(self, x):
+        return add_up(x)
+
+class Renamed(nn.Module):
+    def forward(self, x):
+        return total(x)
+
+class Named(nn.Module):
+    def forward(self, x):
+        return running_sum(x)
+
+class Unknown(nn.Module):
+    def forward(self, x):
+        return other_sum(x)
+"""
+
+
+@pytest.fixture
+def callers(library: ModuleType) -> Iterator[ModuleType]:
+    """A file of somebody's that knows the library, or at least its kernels' names."""
+    callers = sys.modules["callers"] = ModuleType("callers")
+    exec(CALLERS, vars(callers))  # a file without source: what was imported is still marked where it comes from
+    yield callers
+    del sys.modules["callers"]
+
+
+@pytest.mark.parametrize("kind", ["Imported", "Renamed", "Named"])
+def test_a_function_stands_for_the_kernel_where_it_is_imported_or_has_its_name(library, callers, kind):
+    model, x, entered = getattr(callers, kind)(), torch.ones(1, 3, 2), []
+    before, original = dict(vars(callers)), library.add_up
+    expected = model(x)
+    assert Doubled().applies(model) is None
+    with Doubled().open(model, entered.append):
+        torch.testing.assert_close(model(x), 2 * expected)
+        assert library.add_up is original, "the library's own models are not this one"
+    assert entered == ["test::sum"]
+    assert vars(callers) == before
+
+
+def test_a_function_of_another_name_stands_for_nothing(callers):
+    assert isinstance(Doubled().applies(callers.Unknown()), Declined)

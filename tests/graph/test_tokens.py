@@ -325,6 +325,26 @@ def test_weights_on_meta_are_enough() -> None:
     assert found.op == "aten.cumsum.default"
 
 
+@pytest.mark.parametrize("padding", [1, 7, 100])
+@pytest.mark.parametrize("constant", ["number", "tensor"])
+def test_tokens_that_are_counted_unless_they_are_a_certain_one_mix(padding: int, constant: str) -> None:
+    """Made-up ids would hardly ever be the one that the model compares with. (The last is one that no token can be.)"""
+
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.places, self.head = nn.Embedding(VOCABULARY, 8), nn.Embedding(64, 8), nn.Linear(8, VOCABULARY)
+            self.register_buffer("padding", torch.tensor([padding]))
+
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            kept = input_ids != (padding if constant == "number" else self.padding)
+            return self.head(self.tokens(input_ids) + self.places(kept.int().cumsum(1)))
+
+    graph = export(Counted())
+    apply(graph, [each for each in clean_passes() if each.name != "core.padding"])
+    assert [entry.op for entry in find_mixing(graph)] == ["aten.cumsum.default"]
+
+
 def test_a_weight_that_every_token_gets_is_no_position() -> None:
     assert mixing(lambda m, x: m.w[0].expand_as(x).contiguous() + x) == []
 
