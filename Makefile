@@ -10,6 +10,8 @@ VENV     ?= .venv
 PYTHON   ?= python3
 WEIGHTS  ?= .weights
 PYTEST   ?= -q
+# Two processes, a file at a time; one thread each, so that they do not fight for the cores.
+PARALLEL ?= -n 2 --dist loadfile
 # The packages ask for torch>=2.11; these are the versions that are tested. Torch comes first, so that nothing else picks
 # one, and triton without its dependencies, because it works with any torch.
 TORCH    ?= torch==2.13.0
@@ -26,7 +28,7 @@ demo: $(READY) $(MODEL)
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(READY) $(MODEL)
-	$(BIN)/python -m pytest $(PYTEST)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
 
 zoo: $(READY)
 	$(BIN)/python -m tests.zoo --page docs/support.md
