@@ -34,7 +34,8 @@ def reusable_blocks(chain: Sequence[Content], windows: Sequence[int | None], pag
     """The most blocks of `chain` behind which every mixer can go on, and what prevents one more ("" if nothing does).
 
     An unwindowed group needs all pages before that point, a windowed one those that its window still reaches, and a state
-    needs a checkpoint exactly there.
+    needs a checkpoint exactly there. So with states only the points with a checkpoint count: what prevents the next of those is the
+    reason, and if there is none, that.
     """
     best, obstacle = 0, ""
     last_gone = [-1] * len(windows)
@@ -47,9 +48,11 @@ def reusable_blocks(chain: Sequence[Content], windows: Sequence[int | None], pag
                 kind = "attention" if window is None else f"window-{window} attention"
                 obstacle_here = f"pages of {kind} were evicted"
         if states and not content.checkpoint:
-            obstacle_here = "no state was saved further on"
+            continue
         if obstacle_here:
             obstacle = obstacle or obstacle_here
         else:
             best, obstacle = length, ""
+    if states and not obstacle and best < len(chain):
+        obstacle = "no state was saved further on"
     return best, obstacle

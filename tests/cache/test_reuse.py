@@ -46,3 +46,12 @@ def test_the_reason_names_what_is_missing():
     whole, gone = SimpleNamespace(pages=[1, 1], checkpoint=0), SimpleNamespace(pages=[1, 0], checkpoint=0)
     assert reusable_blocks([whole, gone], [None, 8], 4, states=False) == (1, "pages of window-8 attention were evicted")
     assert reusable_blocks([whole], [None, None], 4, states=True) == (0, "no state was saved further on")
+
+
+def test_with_states_the_reason_is_what_the_next_saved_state_lacks():
+    whole, gone = SimpleNamespace(pages=[1], checkpoint=0), SimpleNamespace(pages=[0], checkpoint=0)
+    saved, lost = SimpleNamespace(pages=[1], checkpoint=7), SimpleNamespace(pages=[0], checkpoint=8)
+    evicted = "pages of attention were evicted"
+    assert reusable_blocks([whole, saved, whole, lost], [None], 4, states=True) == (2, evicted)
+    assert reusable_blocks([gone, saved], [None], 4, states=True) == (0, evicted)
+    assert reusable_blocks([saved, gone], [None], 4, states=True) == (1, "no state was saved further on")
