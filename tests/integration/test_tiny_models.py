@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Served:
 
 
 SLOW = ("opt", "qwen3", "mpt")
+EXPERTS = ("mixtral", "gpt_oss", "llama4_text")
 """Their attention is like that of another in the list, so they are left to the long run."""
 
 
@@ -49,8 +51,8 @@ def test_ragged_prompts_in_chunks_over_small_pages_give_the_tokens_of_full_recom
 
 def test_every_layer_is_claimed_and_its_numbers_were_compared(served):
     plan = served.llm.plan
-    assert len(plan.claims) == 2
-    assert {claim.op for claim in plan.claims} == {"ad_attention::attention"}
+    experts = {} if served.kind not in EXPERTS else {"ad_moe::moe": 2}
+    assert Counter(claim.op for claim in plan.claims) == {"ad_attention::attention": 2, **experts}
     assert plan.attempts[-1].accepted
     assert plan.attempts[-1].reason.startswith("structure and numbers verified")
 
