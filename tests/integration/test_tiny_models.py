@@ -29,8 +29,8 @@ class Served:
 
 
 SLOW = ("opt", "qwen3", "mpt")
-EXPERTS = ("mixtral", "gpt_oss", "llama4_text")
 """Their attention is like that of another in the list, so they are left to the long run."""
+EXPERTS = ("mixtral", "gpt_oss", "llama4_text")
 
 
 @pytest.fixture(scope="module", params=[pytest.param(kind, marks=pytest.mark.slow if kind in SLOW else ()) for kind in CONFIGS])
