@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ad_core.api.errors import CaptureError
 from ad_core.capture.repeats import MARK, RepeatPlan, TracedBlock, traced_blocks
+from ad_core.graph.edit import tensor_path
 
 _DROPPED = frozenset(
     {
@@ -135,9 +136,10 @@ class _Flattener:
         """The one `get_attr` node of a weight, made where it is first used."""
         path = self._first_name.get(path, path)
         if path not in self._weights:
-            if path not in self._attributes:
-                self._attributes[path] = self._origin.tensors[path]
-            node = self._graph.get_attr(path)
+            target = path if path in self._attributes else tensor_path(path)
+            if target not in self._attributes:
+                self._attributes[target] = self._origin.tensors[path]
+            node = self._graph.get_attr(target)
             node.meta = {"val": like.meta["val"]}
             self._weights[path] = node
         return self._weights[path]

@@ -21,7 +21,7 @@ from ad_core.capture.source import ModelSource
 from ad_core.capture.verify import SIZE_LIMIT, NumbersError, Reference, verify_numbers, verify_structure, vocabulary_of
 from ad_core.capture.weights import Progress, place_weights
 from ad_core.graph.calls import module_class, module_path
-from ad_core.graph.edit import set_tensor, tensors_read
+from ad_core.graph.edit import set_tensor, tensor_path, tensors_read
 from ad_core.graph.ops import qualified_name
 from ad_core.graph.tokens import MixingNode
 from ad_core.graph.unclaimed import RegistryHint, unclaimed_error
@@ -135,8 +135,9 @@ def _one_way(
     with plan.phase("match"):
         if clean is not None:
             clean(exported.graph)
-        for path in tensors_read(exported.graph).keys() & source.computed.keys():  # matchers look into masks
-            set_tensor(exported.graph, path, source.computed[path])
+        computed = {tensor_path(name): tensor for name, tensor in source.computed.items()}
+        for path in tensors_read(exported.graph).keys() & computed.keys():  # matchers look into masks
+            set_tensor(exported.graph, path, computed[path])
         matched = apply_matchers(exported.graph, matchers, plan)
     plan.notes.extend(f"{way.name}: {reason}" for reason in matched.declined)
     return exported.graph, exported, matched

@@ -14,7 +14,7 @@ from ad_core.api.errors import CheckpointError, GraphInvalidError
 from ad_core.api.loading import Checkpoint
 from ad_core.capture.conversion import wrong_shape
 from ad_core.capture.ties import tied_groups
-from ad_core.graph.edit import set_tensor, tensor_at, tensors_read
+from ad_core.graph.edit import set_tensor, tensor_at, tensor_path, tensors_read
 
 Progress = Callable[[int, int], None]
 """Told (bytes that are there, bytes of all) after every tensor."""
@@ -61,9 +61,10 @@ def place_weights(graph: GraphModule, weights: Mapping[str, torch.Tensor]) -> in
     `GraphInvalidError` if a tensor is left on meta: computing with it would give garbage without an error.
     """
     seen: dict[int, int] = {}
+    by_path = {tensor_path(name): tensor for name, tensor in weights.items()}
     for path in tensors_read(graph):
-        if path in weights:
-            set_tensor(graph, path, weights[path])
+        if path in by_path:
+            set_tensor(graph, path, by_path[path])
         tensor = tensor_at(graph, path)
         if tensor is None or tensor.is_meta:
             raise GraphInvalidError(

@@ -24,6 +24,16 @@ def tensor_at(graph: GraphModule, path: str) -> torch.Tensor | None:
     return owner if isinstance(owner, torch.Tensor) else None
 
 
+_TAKEN = frozenset(dir(GraphModule(torch.nn.Module(), Graph()))) - set(dir(torch.nn.Module()))
+"""Names that a graph keeps for itself."""
+
+
+def tensor_path(name: str) -> str:
+    """Where a graph keeps the tensor that its module calls `name`: there too, unless a part of the module has a name of the graph's own."""
+    first, dot, rest = name.partition(".")
+    return f"{first}_{dot}{rest}" if first in _TAKEN else name
+
+
 def set_tensor(graph: GraphModule, path: str, value: torch.Tensor) -> None:
     """Puts `value` under a path in the place of what is there; modules on the way are made. The graph holds it, nothing is copied.
 
