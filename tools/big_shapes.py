@@ -24,9 +24,10 @@ from tests.zoo.big import measure, shapes  # noqa: E402  (a script sees only its
 
 _HEAD = """# What capture of large models costs
 
-Each model of `tests/zoo/big.json` is captured with its real shapes in bfloat16 on the meta device: no weight is read and none has memory. What is
-measured is everything from the directory to the graph with its caches inserted, as in `ad explain`: seconds of the processor, seconds on
-the clock, and the peak memory of the process, of which torch and transformers take a good part. Equal layers are traced once.
+Each model of `tests/zoo/big.json` is captured with its real shapes in bfloat16 on the meta device: no weight is read and none has
+memory. What is measured is everything from the directory to the graph with its caches inserted, as in `ad explain`: seconds of the
+processor, seconds on the clock, and the peak memory of the process, of which torch and transformers take a good part. Equal layers
+are traced once.
 
 `python tools/big_shapes.py --page docs/big-shapes.md` writes this page.
 """
