@@ -166,9 +166,9 @@ def _versions(*names: str) -> dict[str, str]:
     return found
 
 
-def _new_path(result: dict[str, Any]) -> Path:
+def _new_path(result: dict[str, Any], suite: str = "cpu") -> Path:
     """A file of its own for each run: results are only ever added."""
-    stem = f"{result['when'][:10]}-cpu-{result['git']['commit']}"
+    stem = f"{result['when'][:10]}-{suite}-{result['git']['commit']}"
     names = itertools.chain([f"{stem}.json"], (f"{stem}-{number}.json" for number in itertools.count(2)))
     return next(RESULTS / name for name in names if not (RESULTS / name).exists())
 

@@ -68,7 +68,10 @@ class Contest:
         workload: Workload,
         findings: Findings,
         say: Callable[[str], None],
+        engines: Mapping[str, str] = ENGINES,
+        agreed_at_least: int = AGREED_AT_LEAST,
     ):
+        self._engines, self._agreed_at_least = engines, agreed_at_least
         self._manifest, self._threads, self._workload = manifest, threads, workload
         self._found, self._say = findings, say
         self._logs = model
@@ -96,7 +99,7 @@ class Contest:
             self._cold_starts(cold_rounds)
 
     def _rounds(self, cases: Sequence[str], rounds: int) -> None:
-        for engine in ENGINES:
+        for engine in self._engines:
             self._attempt(engine, self._start)
         self._compare_tokens()
         for engine in list(self._workers):
@@ -137,7 +140,7 @@ class Contest:
         return Worker(module, self._load, self._logs / f"{module}.log")
 
     def _start(self, engine: str) -> None:
-        worker = self._workers[engine] = self._launch(ENGINES[engine])
+        worker = self._workers[engine] = self._launch(self._engines[engine])
         worker.ready()
         self._found.engines[engine] = {key: value for key, value in worker.info.items() if key != "phases"}
 
@@ -151,7 +154,7 @@ class Contest:
         for engine, counts in agreement(answers).items():
             before = self._found.agreed.get(engine, counts)
             self._found.agreed[engine] = [min(pair) for pair in zip(before, counts, strict=True)]
-            if min(counts) < AGREED_AT_LEAST:
+            if min(counts) < self._agreed_at_least:
                 self._drop(engine, f"its greedy tokens leave the reference's after {counts} of {PROBE_TOKENS}")
 
     def _probe(self, engine: str, answers: dict[str, list[list[int]]]) -> None:
@@ -191,14 +194,14 @@ class Contest:
         self._keep("memory", engine, 0, self._workers[engine].ask(task="peak")["peak_mb"])
 
     def _cold_starts(self, rounds: int) -> None:
-        present = [engine for engine in ENGINES if engine not in self._found.absent]
+        present = [engine for engine in self._engines if engine not in self._found.absent]
         for number in range(rounds):
             for engine in present if number % 2 == 0 else present[::-1]:
                 self._attempt(engine, self._cold_start, number)
 
     def _cold_start(self, engine: str, number: int) -> None:
         """From the start of a new process to the arrival of its first token here, outside it."""
-        worker = self._workers[engine] = self._launch(ENGINES[engine])
+        worker = self._workers[engine] = self._launch(self._engines[engine])
         worker.send(task="one", prompt=self._manifest["probes"][0], new=1)
         worker.ready()
         worker.receive()
