@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -21,33 +22,42 @@ class _ChunkKernel(MarkedFunctionSeam):
         from ad_core.graph.ops import find_op
 
         op = find_op(self.produces)
+        signature = inspect.signature(original)
 
-        def chunk_kernel(
-            query: torch.Tensor,
-            key: torch.Tensor,
-            value: torch.Tensor,
-            g: torch.Tensor | None = None,
-            beta: torch.Tensor | None = None,
-            chunk_size: int = 64,
-            initial_state: torch.Tensor | None = None,
-            output_final_state: bool = False,
-            use_qk_l2norm_in_kernel: bool = False,
-            **ignored: Any,
-        ) -> tuple[torch.Tensor, None]:
-            if initial_state is not None or output_final_state:
+        def chunk_kernel(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+            given = _by_name(signature, args, kwargs)
+            query, key, value, g, beta = (given.pop(name, None) for name in ("query", "key", "value", "g", "beta"))
+            if given.pop("initial_state", None) is not None or given.pop("output_final_state", False):
                 raise CaptureError(
                     f"{self.mark} is called with a state of its own",
                     why="a captured sequence starts from zero, and the engine keeps what it leaves",
                     hint="call the model with use_cache=False",
                 )
+            if given.get("cu_seqlens") is not None or given.get("head_first"):
+                raise CaptureError(f"{self.mark} is called for packed sequences or with heads before tokens")
+            l2norm, scale = bool(given.get("use_qk_l2norm_in_kernel", False)), given.get("scale")
             if beta is None:
                 beta = torch.ones_like(value[..., 0])
             entered(self.produces)
             # The original returns the dtype of the query, the op that of the value. They differ in no model that is known.
-            output = op(query, key, value, g, beta, scale=query.shape[-1] ** -0.5, l2norm=use_qk_l2norm_in_kernel)
+            output = op(query, key, value, g, beta, scale=query.shape[-1] ** -0.5 if scale is None else float(scale), l2norm=l2norm)
             return output.to(query.dtype), None
 
         return chunk_kernel
+
+
+def _by_name(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that transformers has for them, whatever the function that was called has."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        rest = signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD
+        given |= value if rest else {name: value}
+    return {_NAMES.get(name, name): value for name, value in given.items()}
+
+
+_NAMES = {"q": "query", "k": "key", "v": "value"}
 
 
 class ChunkGatedDelta(_ChunkKernel):
