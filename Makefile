@@ -1,5 +1,6 @@
 # make demo    real weights through our own captured, cached and compiled graph
 # make test    the tests of the core and of every plugin
+# make test-oldest   a sample of the tests with the oldest transformers that the packages ask for
 # make zoo     every model type of the zoo, docs/support.md from what came of it, and the index (half an hour on two cores)
 # make lint    style, types, and who may import whom
 # make wheels  every distribution, into dist/
@@ -17,18 +18,29 @@ PARALLEL ?= -n 2 --dist loadfile
 TORCH    ?= torch==2.13.0
 TRITON   ?= triton==3.6.0
 
+# The lower bound in pyproject.toml. Its environment sees all that the first one has and puts this in front of it.
+OLDEST   ?= transformers==5.17.0
+# What reads transformers' files: capture, every kind of attention, and each plugin's models.
+SAMPLE   ?= tests/capture/test_capture.py tests/integration/test_tiny_models.py tests/zoo plugins/ad_mamba/tests/test_models.py \
+            plugins/ad_deltanet/tests/test_models.py plugins/ad_linear/tests/test_models.py plugins/ad_rnn/tests/test_models.py \
+            plugins/ad_moe/tests/test_models.py
+
 BIN      := $(VENV)/bin
+AGED     := $(VENV)-oldest
 READY    := $(VENV)/.ready
 MODEL    := $(WEIGHTS)/SmolLM2-135M-Instruct.Q4_1.gguf
 PACKAGES := . plugins/ad_attention plugins/ad_conv plugins/ad_mamba plugins/ad_deltanet plugins/ad_linear plugins/ad_rnn plugins/ad_moe plugins/ad_quant
 
-.PHONY: demo test zoo lint wheels clean
+.PHONY: demo test test-oldest zoo lint wheels clean
 
 demo: $(READY) $(MODEL)
 	$(BIN)/python examples/demo.py $(MODEL)
 
 test: $(READY) $(MODEL)
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PARALLEL) $(PYTEST)
+
+test-oldest: $(AGED)/.ready
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(AGED)/bin/python -m pytest $(PARALLEL) $(PYTEST) $(SAMPLE)
 
 zoo: $(READY)
 	$(BIN)/python -m tests.zoo --page docs/support.md
@@ -53,8 +65,16 @@ $(READY): requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.tom
 	$(BIN)/python -m pip install --quiet --no-deps $(TRITON)
 	touch $@
 
+$(AGED)/.ready: $(READY)
+	$(PYTHON) -m venv $(AGED)
+	base=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	own=$$($(AGED)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	echo "import site; site.addsitedir('$$base')" > "$$own/base.pth"
+	$(AGED)/bin/python -m pip install --quiet "$(OLDEST)"
+	touch $@
+
 $(MODEL): | $(READY)
 	$(BIN)/python tools/fetch_weights.py $(WEIGHTS)
 
 clean:
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(AGED) dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -52,11 +52,16 @@ def _own_words(module: str) -> dict[str, Any]:
 
 
 def _model_types() -> dict[str, set[str]]:
-    """By namespace of canonical ops, the model types that the page of what works says are served with them."""
+    """By namespace of canonical ops, the model types that the page of what works says are served, and those of their text parts."""
+    from transformers import CONFIG_MAPPING
+
     served: dict[str, set[str]] = defaultdict(set)
     for model_type, ops in re.findall(r"^\| ([\w-]+) \| works \| ([^|]*) \|", SUPPORT.read_text(encoding="utf-8"), re.MULTILINE):
         for namespace in re.findall(r"`(\w+)::", ops):
             served[namespace].add(model_type)
+            text = CONFIG_MAPPING[model_type].sub_configs.get("text_config") if model_type in CONFIG_MAPPING else None
+            if kind := getattr(text, "model_type", None):
+                served[namespace].add(kind)
     return served
 
 
