@@ -33,7 +33,7 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "mamba2",
         {
             **{"vocab_size": 50288, "hidden_size": 768, "num_hidden_layers": 24, "state_size": 128, "expand": 2, "head_dim": 64},
-            **{"num_heads": 24, "n_groups": 1, "chunk_size": 256, "tie_word_embeddings": True},
+            **{"num_heads": 24, "n_groups": 1, "chunk_size": 256, "tie_word_embeddings": True, "max_position_embeddings": 2048},
         },
     ),
     "hybrid": (

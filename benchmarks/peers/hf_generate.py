@@ -19,7 +19,11 @@ class HfGenerate:
         torch.set_num_threads(load.threads)
         self._torch = torch
         self._version = transformers.__version__
-        self._model = transformers.AutoModelForCausalLM.from_pretrained(load.directory, dtype=torch.bfloat16, attn_implementation="sdpa")
+        read = transformers.AutoModelForCausalLM.from_pretrained
+        try:
+            self._model = read(load.directory, dtype=torch.bfloat16, attn_implementation="sdpa")
+        except ValueError:  # a model without attention knows no implementation of it
+            self._model = read(load.directory, dtype=torch.bfloat16)
         self._model.eval()
         # Taking the id away is cheaper for `generate` than a minimum length, which masks logits at every step.
         self._model.generation_config.eos_token_id = None
