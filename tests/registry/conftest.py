@@ -38,8 +38,9 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def install(site: Path) -> Install:
-    """install("toy") makes a good plugin "toy" of the distribution "ad-toy"; every part can be given."""
+def install(site: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """install("toy") makes a good plugin "toy" of the distribution "ad-toy"; every part can be given. What another test has imported
+    under the same name does not count."""
 
     def install(
         name: str,
@@ -54,6 +55,7 @@ def install(site: Path) -> Install:
         distribution = distribution or f"ad-{name}"
         module = module or distribution.replace("-", "_") + "_plugin"
         text = GOOD.format(name=name, namespace=f"{module}_ops") if source is None else source
+        monkeypatch.delitem(sys.modules, module, raising=False)
         (site / f"{module}.py").write_text(text)
         info = site / f"{distribution.replace('-', '_')}-{version}.dist-info"
         info.mkdir()
