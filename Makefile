@@ -13,9 +13,10 @@ WEIGHTS  ?= .weights
 PYTEST   ?= -q
 # Two processes, a file at a time; one thread each, so that they do not fight for the cores.
 PARALLEL ?= -n 2 --dist loadfile
-# The packages ask for torch>=2.11; these are the versions that are tested. Torch comes first, so that nothing else picks
-# one, and triton without its dependencies, because it works with any torch.
+# The packages ask for torch>=2.11 and transformers>=5.17; these are the versions that are tested. Torch comes first, so that
+# nothing else picks one, and triton without its dependencies, because it works with any torch.
 TORCH    ?= torch==2.13.0
+TRANSFORMERS ?= transformers==5.24.0
 TRITON   ?= triton==3.6.0
 
 # The lower bound in pyproject.toml. Its environment sees all that the first one has and puts this in front of it.
@@ -63,6 +64,7 @@ $(READY): requirements-dev.txt pyproject.toml $(wildcard plugins/*/pyproject.tom
 	@echo "installing into $(VENV): minutes the first time, nothing the next"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet $(TRANSFORMERS)
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --no-deps $(TRITON)
 	touch $@

@@ -145,7 +145,10 @@ class Cumulative(nn.Module):
 class Wrong(Seam):
     """Puts attention in, but not the model's: the scale is another."""
 
-    name, produces = "tests.wrong", ATTENTION
+    name, produces, factor = "tests.wrong", ATTENTION, 1.1
+
+    def rounded(self, result):
+        return result
 
     def applies(self, module):
         return None
@@ -159,8 +162,8 @@ class Wrong(Seam):
         def scope():
             def attend(part, query, key, value, mask, scaling=None, **others):
                 entered(ATTENTION)
-                result = find_op(ATTENTION)(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling * 1.1)
-                return result, None
+                result = find_op(ATTENTION)(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale=scaling * self.factor)
+                return self.rounded(result), None
 
             before = module.config._attn_implementation_internal
             AttentionInterface._global_mapping["tests"] = attend
@@ -294,3 +297,24 @@ def test_the_tolerance_lets_rounding_pass_and_a_small_fault_not(dtype, monkeypat
     wrong[:, -1] = logits[:, 0]
     assert verifier._difference(wrong, logits, dtype) > allowed
     assert verifier._difference(logits * float("nan"), logits, dtype) != verifier._difference(logits, logits, dtype)
+
+
+class Rounding(Wrong):
+    """The model's attention, whose result is rounded once more."""
+
+    name, factor = "tests.rounding", 1.0
+
+    def rounded(self, result):
+        return ((result * 1.25) / 1.25).to(result.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_rounds_further_than_the_tolerance_is_judged_by_the_module_in_float32(dtype, monkeypatch):
+    monkeypatch.setitem(verifier._TOLERANCE, dtype, 1e-6)
+    done = Capture(model := build("llama").to(dtype), seams=[Rounding()])
+    assert tried(done.plan) == [("seams", True)]
+    assert "which is rounding: from the module in float32 the graph is" in done.plan.attempts[0].reason
+    assert {tensor.dtype for tensor in model.parameters()} == {dtype}
+    wrong = Capture(build("llama").to(dtype), seams=[Wrong()])
+    assert tried(wrong.plan) == [("seams", False), ("patterns on sdpa", True)]
+    assert "from the module in float32 the graph is" in wrong.plan.attempts[0].reason

@@ -18,7 +18,8 @@ POSITIONS = torch.arange(LENGTH).expand(2, -1)
 
 
 def packed(function):
-    return masks.packed_sequence_compatibility_function(function, POSITIONS, torch.zeros(2, LENGTH, dtype=torch.int64))
+    same = masks.packed_sequence_mask_function(torch.zeros(2, LENGTH, dtype=torch.int64))
+    return masks.and_masks(masks.remap_positions_for_packed_sequence(function, POSITIONS), same)
 
 
 KNOWN = {
