@@ -16,6 +16,7 @@ from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from ad_core.api.types import API_VERSION, ENTRY_POINT_GROUP
 from ad_core.cli.listing import quiet_registry, table
+from ad_core.native import CannotCompile, find_compiler
 from ad_core.registry import Registry, State
 from ad_core.registry.discovery import installed_as_source
 from ad_core.registry.gates import core_version, unmet
@@ -66,6 +67,7 @@ def examine(registry: Registry) -> Iterator[Finding]:
         if reason:
             yield Finding("error", "ad-core", reason, pip_install(text.partition(";")[0].strip()))
     yield from _libraries()
+    yield _compiler()
     yield from _plugins(registry)
     yield from _seams(registry)
     yield from _stale_sources()
@@ -85,6 +87,13 @@ def _libraries() -> Iterator[Finding]:
         yield Finding("ok", "cuda", ", ".join(devices) or "no device; everything runs on the CPU")
     except Exception as error:  # a broken driver or library is what the doctor is asked about
         yield Finding("error", "torch", f"its import raised {type(error).__name__}: {error}", pip_install("torch"))
+
+
+def _compiler() -> Finding:
+    try:
+        return Finding("ok", "native", f"{find_compiler()} compiles kernels for this CPU")
+    except CannotCompile as reason:
+        return Finding("note", "native", f"{reason}; kernels in C decline", "install gcc or clang")
 
 
 def _plugins(registry: Registry) -> Iterator[Finding]:

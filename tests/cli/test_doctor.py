@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ad_core.api import PluginInfo, Seam, hookimpl
 from ad_core.cli import doctor as rooms
+from ad_core.native import CannotCompile
 from ad_core.registry import Registry
 
 
@@ -140,3 +141,14 @@ def test_an_editable_install_that_is_out_of_date_is_found(run, monkeypatch, tmp_
     done = run(plugin("toy"))
     assert done.exit_code == (1 if what else 0), done.output
     assert what is None or what in done.output
+
+
+def test_it_says_what_compiles_kernels_and_that_they_decline_without(monkeypatch):
+    monkeypatch.setattr(rooms, "find_compiler", lambda: "/usr/bin/cc")
+    assert rooms._compiler() == rooms.Finding("ok", "native", "/usr/bin/cc compiles kernels for this CPU")
+
+    def missing():
+        raise CannotCompile("there is no C compiler")
+
+    monkeypatch.setattr(rooms, "find_compiler", missing)
+    assert rooms._compiler().level == "note"

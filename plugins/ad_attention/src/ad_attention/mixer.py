@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ad_attention.cache import page_resources
+from ad_attention.kernels.native_paged import NativePaged
 from ad_attention.kernels.torch_ref import TorchPaged
 from ad_attention.kernels.triton_paged import TritonPaged
 from ad_attention.match import MATCHERS, SEAMS
@@ -21,7 +22,7 @@ class Attention(Mixer):
     op = attention
     roles = ROLES
     matchers = (*SEAMS, *MATCHERS)
-    kernels = (TorchPaged(), TritonPaged())
+    kernels = (TorchPaged(), NativePaged(), TritonPaged())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return page_resources(call)

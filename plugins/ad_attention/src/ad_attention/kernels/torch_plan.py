@@ -125,9 +125,8 @@ def plan_buffers(heads: int, limits: Limits) -> dict[str, BufferSpec]:
 def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -> None:
     """Fills the buffers of `plan_buffers` in place: `rows` holds batch row, position and first visible position of the decodes in
     the order in which the groups take them, `slots` where each token is written."""
-    cu_seqlens, table = batch.host("cu_seqlens").numpy(), batch.host("page_table").numpy()
-    contexts, slots = batch.host("context_lens").numpy(), batch.host("token_slots").numpy()
-    gather = _Gather(out["index"], out["mask"], batch.page_size, shape.heads)
+    table, contexts, slots = (batch.host(name).numpy() for name in ("page_table", "context_lens", "token_slots"))
+    gather = Gather(out["index"], batch.page_size, shape.heads, out["mask"])
     _fill(out["slots"], slots)
 
     decodes = batch.num_decodes
@@ -152,8 +151,22 @@ def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -
         groups.append(Group(count, length, index_start, view, masked, mode))
         start += count
 
-    prefills = []
-    for row in range(decodes, batch.num_sequences):
+    prefills = plan_chunks(batch, shape, gather)
+    write_start = int(slots[0]) if len(slots) and (np.diff(slots) == 1).all() else NONE
+    lead = groups[0] if groups else Group(0, 0, NONE, NONE, 0, EXACT)
+    step = Step(batch.num_tokens, decodes, len(groups), len(prefills), write_start, permuted, *lead)
+    out["plan"].numpy()[:] = step
+    records = out["records"].numpy()
+    for place, record in enumerate((*groups, *prefills)):
+        records[place, : len(record)] = record
+
+
+def plan_chunks(batch: BatchView, shape: Shape, gather: Gather) -> list[Prefill]:
+    """The chunks of prompts in the step, with the places of their visible past."""
+    cu_seqlens, table = batch.host("cu_seqlens").numpy(), batch.host("page_table").numpy()
+    contexts = batch.host("context_lens").numpy()
+    chunks = []
+    for row in range(batch.num_decodes, batch.num_sequences):
         token, context = int(cu_seqlens[row]), int(contexts[row])
         count = int(cu_seqlens[row + 1]) - token
         if not count:
@@ -163,15 +176,8 @@ def plan_step(batch: BatchView, shape: Shape, out: Mapping[str, torch.Tensor]) -
         if context > visible:
             view = _consecutive(table[row], visible, context - visible, batch.page_size)
             index_start = NONE if view != NONE else gather.context(table[row], visible, context)
-        prefills.append(Prefill(row, token, count, context, visible, index_start, view))
-
-    write_start = int(slots[0]) if len(slots) and (np.diff(slots) == 1).all() else NONE
-    lead = groups[0] if groups else Group(0, 0, NONE, NONE, 0, EXACT)
-    step = Step(batch.num_tokens, decodes, len(groups), len(prefills), write_start, permuted, *lead)
-    out["plan"].numpy()[:] = step
-    records = out["records"].numpy()
-    for place, record in enumerate((*groups, *prefills)):
-        records[place, : len(record)] = record
+        chunks.append(Prefill(row, token, count, context, visible, index_start, view))
+    return chunks
 
 
 def _first_visible(positions: np.ndarray, shape: Shape) -> np.ndarray:
@@ -216,10 +222,10 @@ def _consecutive(pages: np.ndarray, first: int, length: int, page_size: int) -> 
     return int(used[0]) * page_size + first % page_size
 
 
-class _Gather:
+class Gather:
     """Writes gather indices one after the other: rows of a pool seen as [slots * G, D], laid out [n, G, L]."""
 
-    def __init__(self, index: torch.Tensor, mask: torch.Tensor, page_size: int, heads: int):
+    def __init__(self, index: torch.Tensor, page_size: int, heads: int, mask: torch.Tensor | None = None):
         self.index, self.mask, self.page_size, self.heads = index, mask, page_size, heads
         self.used = 0
 
@@ -232,6 +238,7 @@ class _Gather:
         slots = self._slots(table[rows, np.maximum(wanted, first) // self.page_size], np.maximum(wanted, first))
         self._store(start, slots)
         if masked:
+            assert self.mask is not None
             _fill(self.mask[start:], np.where(wanted < first, np.float32(-np.inf), np.float32(0)))
         return start
 

@@ -25,7 +25,7 @@ SCHEMA = (
 )
 
 
-class _Pages:
+class Pages:
     """The pools of one call, read and written by slot. A pool [pages, page_size, G, ...] is contiguous."""
 
     def __init__(self, pools: tuple[torch.Tensor | None, ...], page_table: torch.Tensor, rows: torch.Tensor, index: torch.Tensor):
@@ -134,7 +134,7 @@ def _attention(
     # The fused kernel reads any strides but these, and does not say so.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     given = Modifiers(scale, window, chunk, softcap, sinks, alibi_slopes, rel_bias, distance_buckets)
-    pages = _Pages((key_pages, value_pages, key_bias_pages), page_table, rows, index)
+    pages = Pages((key_pages, value_pages, key_bias_pages), page_table, rows, index)
     if append:
         pages.write((key, value, key_bias), slots, tokens, write_start)
     groups = [Group(*lead)] if num_groups else []
@@ -148,7 +148,7 @@ def _attention(
         groups = [Group(*record[: len(Group._fields)]) for record in listed[:num_groups]]
         prefills = [Prefill(*record[: len(Prefill._fields)]) for record in listed[num_groups:]]
     if num_prefills == 1 and prefills[0].size == T:  # the step of one prompt: likewise
-        return _prefill_chunk(query[0], key[0], value[0], None if key_bias is None else key_bias[0], prefills[0], pages, given)[None]
+        return prefill_chunk(query[0], key[0], value[0], None if key_bias is None else key_bias[0], prefills[0], pages, given)[None]
 
     out, start = query.new_empty(1, T, H, value.shape[3]), 0
     for group in groups:
@@ -162,13 +162,13 @@ def _attention(
     for part in prefills:
         new = slice(part.token, part.token + part.size)
         bias = None if key_bias is None else key_bias[0, new]
-        out[0, new] = _prefill_chunk(query[0, new], key[0, new], value[0, new], bias, part, pages, given)
+        out[0, new] = prefill_chunk(query[0, new], key[0, new], value[0, new], bias, part, pages, given)
     if tokens < T:
         out[0, tokens:].zero_()
     return out
 
 
-def _decode_group(query: torch.Tensor, start: int, group: Group, pages: _Pages, mask: torch.Tensor, given: Modifiers) -> torch.Tensor:
+def _decode_group(query: torch.Tensor, start: int, group: Group, pages: Pages, mask: torch.Tensor, given: Modifiers) -> torch.Tensor:
     """query [n, H, D]: the decodes from the `start`-th on -> [n, H, Dv]."""
     count, length = group.size, group.length
     biases = []
@@ -195,13 +195,13 @@ def _decode_group(query: torch.Tensor, start: int, group: Group, pages: _Pages, 
     return torch_math.decode(query, keys, values, biases, given, group.mode)
 
 
-def _prefill_chunk(
+def prefill_chunk(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     key_bias: torch.Tensor | None,
     chunk: Prefill,
-    pages: _Pages,
+    pages: Pages,
     given: Modifiers,
 ) -> torch.Tensor:
     """The new tokens of one sequence: query [m, H, D] -> [m, H, Dv]. Their own keys are at hand; the cached ones come from the pages."""
@@ -244,20 +244,20 @@ class TorchPaged(Kernel):
 
     def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
         specs = plan_buffers(int(call["key"].shape[2]), limits)
-        if (table := _table(call)) is not None:
+        if (table := table_of(call)) is not None:
             specs["distance_buckets"] = BufferSpec(tuple(table.shape), torch.int64)
         return specs
 
     def group_key(self, call: OpCall) -> Hashable:
-        return _shape(call), None if call["rel_bias"] is None else (call["rel_bias_rule"], int(call["rel_bias"].shape[1]))
+        return shape_of(call), None if call["rel_bias"] is None else (call["rel_bias_rule"], int(call["rel_bias"].shape[1]))
 
     def prepare(self, batch: BatchView, call: OpCall, out: Mapping[str, torch.Tensor]) -> None:
-        plan_step(batch, _shape(call), out)
-        if (table := _table(call)) is not None:
+        plan_step(batch, shape_of(call), out)
+        if (table := table_of(call)) is not None:
             out["distance_buckets"].copy_(table, non_blocking=True)
 
 
-def _shape(call: OpCall) -> Shape:
+def shape_of(call: OpCall) -> Shape:
     query, key, value = call["query"], call["key"], call["value"]
     return Shape(
         query_heads=int(query.shape[2]),
@@ -272,5 +272,5 @@ def _shape(call: OpCall) -> Shape:
     )
 
 
-def _table(call: OpCall) -> torch.Tensor | None:
+def table_of(call: OpCall) -> torch.Tensor | None:
     return None if call["rel_bias"] is None else bucket_table(call["rel_bias_rule"], int(call["rel_bias"].shape[1]))
