@@ -21,6 +21,8 @@ FLAGS = (
     # Sums may be taken in another order, which vectors need. Infinities and NaN keep their meaning: they mask.
     *("-fno-math-errno", "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"),
 )
+INCLUDE = Path(__file__).with_name("include")
+"""Folder of `ad_native.h`, which sources may include."""
 TIMEOUT = 120
 
 
@@ -40,32 +42,32 @@ def find_compiler() -> str:
     return compiler
 
 
-def shared_object(source: Path) -> Path:
-    """The compiled form of `source`, from the cache of this user or made now. Raises `CannotCompile`."""
-    compiler = find_compiler()
-    text = source.read_bytes()
-    key = hashlib.sha256("\0".join([text.decode(), *FLAGS, _version(compiler), _processor()]).encode()).hexdigest()[:32]
-    target = _folder() / f"{source.stem}-{key}.so"
+def shared_object(source: Path, kind: str) -> Path:
+    """The compiled form of `source` for one kind of number, from the cache of this user or made now. Raises `CannotCompile`."""
+    compiler, flags = find_compiler(), [*FLAGS, f"-DKIND={kind}"]
+    texts = [path.read_text() for path in (source, *sorted(INCLUDE.iterdir()))]
+    key = hashlib.sha256("\0".join([*texts, *flags, _version(compiler), _processor()]).encode()).hexdigest()[:32]
+    target = _folder() / f"{source.stem}-{kind.lower()}-{key}.so"
     if not target.exists():
-        _compile(compiler, source, target)
+        _compile([compiler, *flags], source, target)
     return target
 
 
-def _compile(compiler: str, source: Path, target: Path) -> None:
+def _compile(compiler: list[str], source: Path, target: Path) -> None:
     """Two steps, because OpenMP's functions are not linked: they come from the library that torch has loaded, whose threads torch owns."""
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         half, whole = Path(folder, "kernel.o"), Path(folder, "kernel.so")
         for command in (
-            [compiler, *FLAGS, "-c", str(source), "-o", str(half)],
-            [compiler, "-shared", str(half), "-o", str(whole), "-lm"],
+            [*compiler, "-I", str(INCLUDE), "-c", str(source), "-o", str(half)],
+            [compiler[0], "-shared", str(half), "-o", str(whole), "-lm"],
         ):
             try:
                 done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
             except (OSError, subprocess.TimeoutExpired) as error:
-                raise CannotCompile(f"{compiler} does not run: {error}") from error
+                raise CannotCompile(f"{compiler[0]} does not run: {error}") from error
             if done.returncode:
                 lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise CannotCompile(f"{compiler} cannot compile {source.name}: {lines[0]}")
+                raise CannotCompile(f"{compiler[0]} cannot compile {source.name}: {lines[0]}")
         os.replace(whole, target)  # two processes may do this at once: either file is right
 
 

@@ -25,7 +25,7 @@ from ad_core.graph.edit import delete_tensor, insert_call, is_op, replace, set_t
 
 aten = torch.ops.aten
 
-DUPLICATE_BYTES = 64 << 20
+DUPLICATE_BYTES = 128 << 20
 DUPLICATE_SHARE = 0.1
 """What copies of weights that something else reads too (a tied embedding) may take: this many bytes or this share of all weights,
 whichever is more."""

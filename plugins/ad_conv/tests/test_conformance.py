@@ -6,5 +6,5 @@ from ad_core.testing import MixerConformance
 class TestTorch(MixerConformance):
     mixer = "ad_conv.mixer:CausalConv1d"
     cases = "ad_conv.testing:CASES"
-    kernels = ("conv.causal.torch",)
-    min_checks = 100
+    kernels = ("conv.causal.torch", "conv.causal.native")
+    min_checks = 190

@@ -13,5 +13,5 @@ class TestSelectiveScan(MixerConformance):
 class TestSSD(MixerConformance):
     mixer = "ad_mamba.mixer:SSD"
     cases = "ad_mamba.testing:SSD_CASES"
-    kernels = ("mamba.ssd.torch",)
-    min_checks = 54
+    kernels = ("mamba.ssd.torch", "mamba.ssd.native")
+    min_checks = 96

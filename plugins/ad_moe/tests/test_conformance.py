@@ -6,12 +6,12 @@ from ad_core.testing import OpConformance
 class TestExperts(OpConformance):
     op = "ad_moe.moe:Experts"
     cases = "ad_moe.testing:CASES"
-    kernels = ("moe.torch",)
+    kernels = ("moe.torch", "moe.native")
     min_checks = 270
 
 
 class TestRoutedLinear(OpConformance):
     op = "ad_moe.moe:RoutedLinear"
     cases = "ad_moe.testing:LINEAR_CASES"
-    kernels = ("moe.linear.torch",)
+    kernels = ("moe.linear.torch", "moe.linear.native")
     min_checks = 34

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ad_conv.cache import conv_state
+from ad_conv.kernels.native_conv import NativeSlots
 from ad_conv.kernels.torch_ref import TorchSlots
 from ad_conv.kernels.triton_slots import TritonSlots
 from ad_conv.match import MATCHERS, SEAMS
@@ -21,7 +22,7 @@ class CausalConv1d(Mixer):
     op = causal_conv1d
     roles = ROLES
     matchers = (*SEAMS, *MATCHERS)
-    kernels = (TorchSlots(), TritonSlots())
+    kernels = (TorchSlots(), NativeSlots(), TritonSlots())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return conv_state(call)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ad_core.api import Mixer, OpCall, Resource, ShardRule
 from ad_mamba.cache import scan_state, ssd_state
+from ad_mamba.kernels.native_ssd import NativeSSD
 from ad_mamba.kernels.torch_scan import TorchScan
 from ad_mamba.kernels.torch_ssd import TorchSSD
 from ad_mamba.kernels.triton_slots import TritonScan, TritonSSD
@@ -38,7 +39,7 @@ class SSD(Mixer):
     op = ssd.ssd
     roles = ssd.ROLES
     matchers = (ChunkScanSeam(),)
-    kernels = (TorchSSD(), TritonSSD())
+    kernels = (TorchSSD(), NativeSSD(), TritonSSD())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return ssd_state(call)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ad_core.api import CanonicalOp, ShardRule
+from ad_moe.kernels.native_moe import NativeExperts, NativeRoutedLinear
 from ad_moe.kernels.torch_ref import TorchExperts, TorchRoutedLinear
 from ad_moe.kernels.triton_moe import TritonExperts
 from ad_moe.linear import LINEAR_ROLES, routed_linear
@@ -20,7 +21,7 @@ class Experts(CanonicalOp):
     op = moe
     roles = ROLES
     matchers = SEAMS
-    kernels = (TorchExperts(), TritonExperts())
+    kernels = (TorchExperts(), NativeExperts(), TritonExperts())
 
     def shard_rules(self) -> Sequence[ShardRule]:
         return (EXPERTS,)
@@ -33,7 +34,7 @@ class RoutedLinear(CanonicalOp):
     op = routed_linear
     roles = LINEAR_ROLES
     matchers = LINEAR_SEAMS
-    kernels = (TorchRoutedLinear(),)
+    kernels = (TorchRoutedLinear(), NativeRoutedLinear())
 
     def shard_rules(self) -> Sequence[ShardRule]:
         return (LINEAR_EXPERTS,)

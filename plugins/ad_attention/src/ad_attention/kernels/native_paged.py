@@ -16,9 +16,8 @@ from ad_core.graph.ops import define_op
 from ad_core.native import NativeLibrary
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("native_decode.c"))
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST = 1 << 15
-"""Floats that the queries of one key/value head may take: they lie on a thread's stack."""
+"""Numbers of one token's queries: as floats they lie on a thread's stack, and its results beside them."""
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
@@ -58,7 +57,7 @@ def _attention(
     Writes the step's keys, values and biases to the pools if `append`, and then reads the sequences from there. Rows past the
     batch's tokens are zero.
     """
-    decode, write = _functions()
+    decode, write = _functions(query.dtype)
     tokens, decodes, longest, num_prefills = plan.tolist()
     _, T, H, D = query.shape
     G, Dv = value.shape[2:]
@@ -100,7 +99,6 @@ def _attention(
             -1 if window is None else window,
             chunk or 0,
             longest,
-            KINDS[query.dtype],
             scale,
             softcap or 0.0,
         )
@@ -123,9 +121,9 @@ def _address(tensor: torch.Tensor | None) -> int:
 
 
 @cache
-def _functions() -> tuple[Callable[..., None], Callable[..., None]]:
-    decode = LIBRARY.function("attention_decode", "pippppippppipip" + "i" * 10 + "ff")
-    return decode, LIBRARY.function("append", "pippii")
+def _functions(dtype: torch.dtype) -> tuple[Callable[..., None], Callable[..., None]]:
+    decode = LIBRARY.function("attention_decode", "pippppippppipip" + "i" * 9 + "ff", dtype)
+    return decode, LIBRARY.function("append", "pippii", dtype)
 
 
 def _fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: object) -> torch.Tensor:
@@ -148,10 +146,10 @@ class NativePaged(TorchPaged):
         query, key, value = call["query"], call["key"], call["value"]
         if not query.dtype == key.dtype == value.dtype:
             return Declined("queries, keys and values are of different dtypes")
-        heads = int(query.shape[2]) // int(key.shape[2])
-        if heads * max(int(key.shape[3]), int(value.shape[3])) > LARGEST:
-            return Declined(f"{heads} query heads of one key/value head are too many for a thread's stack")
-        return super().supports(call, environment) or LIBRARY.declined
+        heads, width = int(query.shape[2]), max(int(key.shape[3]), int(value.shape[3]))
+        if heads * width > LARGEST:
+            return Declined(f"{heads} query heads of {width} are too many for a thread's stack")
+        return super().supports(call, environment) or LIBRARY.declined(query.dtype)
 
     def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
         shared = super().buffers(call, limits)

@@ -45,7 +45,7 @@ def plan_buffers(limits: Limits) -> dict[str, BufferSpec]:
 
 
 def plan_step(batch: BatchView, out: Mapping[str, torch.Tensor]) -> None:
-    """Fills the buffers of `plan_buffers` in place; `slots` holds the slots of the decodes."""
+    """Fills the buffers of `plan_buffers` in place; `slots` holds the slots of the decodes, if it is there."""
     slots, starts = batch.host("state_slots"), batch.host("cu_seqlens").tolist()
     fresh, decodes = batch.host("fresh").tolist(), batch.num_decodes
     own = slots.tolist()
@@ -57,5 +57,5 @@ def plan_step(batch: BatchView, out: Mapping[str, torch.Tensor]) -> None:
     rows = [Prefill(starts[row], starts[row + 1] - starts[row], own[row], fresh[row]) for row in (*new, *chunks)]
     if rows:
         out["records"][: len(rows)] = torch.tensor(rows)
-    if decodes:
+    if decodes and "slots" in out:
         out["slots"][:decodes].copy_(slots[:decodes], non_blocking=True)

@@ -37,25 +37,40 @@ def _causal_conv1d(
         alone = filtered(x, weight, bias, activation)
         alone[0, step.tokens :].zero_()
         return alone
-    chunks: list[Prefill] = []
-    if step.fresh_decodes or step.prefills:
-        listed = [Prefill(*record) for record in records[: step.fresh_decodes + step.prefills].tolist()]
-        chunks = listed[step.fresh_decodes :]
-        for new in listed:
-            if new.fresh:
-                conv_state[new.slot].zero_()
+    if step.fresh_decodes:
+        for slot in records[: step.fresh_decodes, Prefill._fields.index("slot")].tolist():
+            conv_state[slot].zero_()
+    if not step.decodes:
+        return prompts(step, records, x, weight, bias, activation, conv_state)
+    decoded = _decode(x[0, : step.decodes], weight, bias, activation, conv_state, step.first_slot, slots)[None]
     if step.decodes == T:  # a step of decodes and nothing else: its result is the output
-        return _decode(x[0], weight, bias, activation, conv_state, step.first_slot, slots)[None]
-    if len(chunks) == 1 and chunks[0].size == T:  # the step of one prompt: likewise
-        return _prefill(x[0], weight, bias, activation, conv_state[chunks[0].slot])[None]
-    out = x.new_empty(x.shape)
-    if step.decodes:
-        out[0, : step.decodes] = _decode(x[0, : step.decodes], weight, bias, activation, conv_state, step.first_slot, slots)
+        return decoded
+    return torch.cat([decoded, prompts(step, records, x, weight, bias, activation, conv_state)], 1)
+
+
+def prompts(
+    step: Step,
+    records: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    conv_state: torch.Tensor,
+) -> torch.Tensor:
+    """The rows behind the decodes: chunks of prompts, and padding, which is zero. [1, T - decodes, C]"""
+    chunks = [Prefill(*record) for record in records[step.fresh_decodes : step.fresh_decodes + step.prefills].tolist()]
     for chunk in chunks:
-        rows = slice(chunk.token, chunk.token + chunk.size)
-        out[0, rows] = _prefill(x[0, rows], weight, bias, activation, conv_state[chunk.slot])
-    out[0, step.tokens :].zero_()
-    return out
+        if chunk.fresh:
+            conv_state[chunk.slot].zero_()
+    rest = x[0, step.decodes :]
+    if len(chunks) == 1 and chunks[0].size == rest.shape[0]:  # one prompt and nothing else: its result is the output
+        return _prefill(rest, weight, bias, activation, conv_state[chunks[0].slot])[None]
+    out = rest.new_empty(rest.shape)
+    for chunk in chunks:
+        rows = slice(chunk.token - step.decodes, chunk.token - step.decodes + chunk.size)
+        out[rows] = _prefill(rest[rows], weight, bias, activation, conv_state[chunk.slot])
+    out[step.tokens - step.decodes :].zero_()
+    return out[None]
 
 
 def _decode(

@@ -41,27 +41,53 @@ def _ssd(
     Reads and writes the states [slots, H, P, N] of the step's sequences. Rows past the batch's tokens are zero.
     """
     step, T = Step(*plan.tolist()), x.shape[1]
-    chunks: list[Prefill] = []
-    if step.fresh_decodes or step.prefills:
-        listed = [Prefill(*record) for record in records[: step.fresh_decodes + step.prefills].tolist()]
-        chunks = listed[step.fresh_decodes :]
-        for new in listed:
-            if new.fresh:
-                ssm_state[new.slot].zero_()
-    steps = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    if step.fresh_decodes:
+        for slot in records[: step.fresh_decodes, Prefill._fields.index("slot")].tolist():
+            ssm_state[slot].zero_()
+    if not step.decodes:
+        return prompts(step, records, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
+    rows = slice(0, step.decodes)
+    steps = time_steps(dt[0, rows], dt_bias, dt_softplus, dt_min, dt_max)
+    decoded = _decode(x[0, rows], steps, A, B[0, rows], C[0, rows], ssm_state, step.first_slot, slots)
+    decoded = gated(decoded[None], x[:, rows], D, None if z is None else z[:, rows])
     if step.decodes == T:  # a step of decodes and nothing else: its result is the output
-        return gated(_decode(x[0], steps[0], A, B[0], C[0], ssm_state, step.first_slot, slots)[None], x, D, z)
-    if len(chunks) == 1 and chunks[0].size == T:  # the step of one prompt: likewise
+        return decoded
+    return torch.cat([decoded, prompts(step, records, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)], 1)
+
+
+def prompts(
+    step: Step,
+    records: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor | None,
+    z: torch.Tensor | None,
+    dt_bias: torch.Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float | None,
+    ssm_state: torch.Tensor,
+) -> torch.Tensor:
+    """The rows behind the decodes: chunks of prompts, and padding, which is zero. [1, T - decodes, H, P]"""
+    behind = slice(step.decodes, None)
+    x, dt, B, C = (value[:, behind] for value in (x, dt, B, C))
+    z = None if z is None else z[:, behind]
+    steps = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
+    chunks = [Prefill(*record) for record in records[step.fresh_decodes : step.fresh_decodes + step.prefills].tolist()]
+    for chunk in chunks:
+        if chunk.fresh:
+            ssm_state[chunk.slot].zero_()
+    if len(chunks) == 1 and chunks[0].size == x.shape[1]:  # one prompt and nothing else: its result is the output
         return gated(_prefill(x, steps, A, B, C, ssm_state[chunks[0].slot]), x, D, z)
     out = steps.new_empty(x.shape)
-    if step.decodes:
-        rows = slice(0, step.decodes)
-        out[0, rows] = _decode(x[0, rows], steps[0, rows], A, B[0, rows], C[0, rows], ssm_state, step.first_slot, slots)
     for chunk in chunks:
-        rows = slice(chunk.token, chunk.token + chunk.size)
+        rows = slice(chunk.token - step.decodes, chunk.token - step.decodes + chunk.size)
         out[:, rows] = _prefill(x[:, rows], steps[:, rows], A, B[:, rows], C[:, rows], ssm_state[chunk.slot])
     result = gated(out, x, D, z)
-    result[0, step.tokens :].zero_()
+    result[0, step.tokens - step.decodes :].zero_()
     return result
 
 
