@@ -15,6 +15,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 from ad_core.api.loading import CompileBackend
+from ad_core.graph.ops import implementation
 
 
 class EagerBackend(CompileBackend):
@@ -80,7 +81,10 @@ class _Emitter:
     def _call(self, node: Node) -> str:
         if node.target is operator.getitem:
             return f"{self._literal(node.args[0])}[{self._literal(node.args[1])}]"
-        return f"{self._bind(_direct(node.target))}({self._arguments(node)})"
+        target = _direct(node.target)
+        if isinstance(target, OpOverload) and len(node.args) + len(node.kwargs) == len(target._schema.arguments):
+            target = implementation(target) or target  # a call through the dispatcher costs as much as a small product
+        return f"{self._bind(target)}({self._arguments(node)})"
 
     def _arguments(self, node: Node) -> str:
         positional = [self._literal(value) for value in node.args]

@@ -18,6 +18,7 @@ class _Definition:
     schema: str
     source: str
     overload: OpOverload
+    reference: Callable[..., Any]
 
 
 # torch.library is global to the process, so its guard is too.
@@ -57,7 +58,7 @@ def define_op(schema: str, reference: Callable[..., Any], fake: Callable[..., An
     library.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=library)
     overload: OpOverload = getattr(getattr(torch.ops, namespace), name).default
-    _DEFINED[qualified] = _Definition(schema, source, overload)
+    _DEFINED[qualified] = _Definition(schema, source, overload, reference)
     return overload
 
 
@@ -68,6 +69,12 @@ def find_op(qualified: str) -> OpOverload:
         raise OpDefinitionError(f"there is no op {qualified}", hint="the plugin that defines it must be imported first")
     overload: OpOverload = getattr(getattr(torch.ops, namespace), name).default
     return overload
+
+
+def implementation(op: Any) -> Callable[..., Any] | None:
+    """The function behind an op that `define_op` defined, for who calls it with every argument and needs nothing of the dispatcher."""
+    definition = _DEFINED.get(qualified_name(op))
+    return definition.reference if definition is not None else None
 
 
 def qualified_name(op: Any) -> str:
