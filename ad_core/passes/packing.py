@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch._ops import OpOverload
 
 from ad_core.graph.ops import define_op
 from ad_core.native import NativeLibrary
+from ad_core.native.packed import BLOCK, pack, packed_bytes, why_not_packed
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("packed_linear.c"))
-BLOCK = 64
-"""Outputs that lie together."""
 
 
 class Layout(Protocol):
@@ -69,7 +67,7 @@ class OneDnn:
 
 
 class Native:
-    """Blocks of 64 outputs, [N / 64, K / 2, 64, 2]: bfloat16 on processors that multiply pairs of it (`packed_linear.c`)."""
+    """The one of `ad_core.native.packed`: bfloat16 on processors that multiply pairs of it."""
 
     name, embeds = "native", True
 
@@ -77,21 +75,13 @@ class Native:
         self.linear = packed_linear
 
     def why_not(self, weight: torch.Tensor) -> str | None:
-        if weight.dtype != torch.bfloat16:
-            return f"{weight.dtype} has no layout of ours"
-        if weight.shape[1] % 2:
-            return f"{weight.shape[1]} inputs are no pairs"
-        declined = LIBRARY.declined(weight.dtype)
-        return None if declined is None else declined.reason
+        return why_not_packed(weight)
 
     def nbytes(self, weight: torch.Tensor) -> int:
-        return -(-weight.shape[0] // BLOCK) * BLOCK * weight.shape[1] * weight.element_size()
+        return packed_bytes(weight)
 
     def pack(self, weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
-        rows, inputs = weight.shape
-        packed = into.view(weight.dtype).view(-1, inputs // 2, BLOCK, 2)
-        padded = F.pad(weight, (0, 0, 0, -rows % BLOCK)) if rows % BLOCK else weight
-        return packed.copy_(padded.view(-1, BLOCK, inputs // 2, 2).transpose(1, 2))
+        return pack(weight, into)
 
     def arguments(self, x: Any, weight: Any, bias: Any, width: int) -> tuple[Any, ...]:
         return (x, weight, bias, width)

@@ -23,7 +23,7 @@ from ad_core.api.passes import Pass, PassContext, PassReport
 from ad_core.api.types import Stage
 from ad_core.graph.calls import bound_arguments
 from ad_core.graph.edit import delete_tensor, insert_call, is_op, replace, set_tensor, tensor_at, tensors_read
-from ad_core.native.memory import in_huge_pages
+from ad_core.native.packed import Arena
 from ad_core.passes.packing import Layout, Native, OneDnn, packed_embedding
 
 aten = torch.ops.aten
@@ -66,7 +66,7 @@ class PrepackLinears(Pass):
             duplicated += weight.bytes if weight.other_readers else 0
             packable.append(weight)
         groups = _siblings(packable) if context.options.get("merge", True) else [[weight] for weight in packable]
-        arena = _Arena(sum(_packed_bytes(graph, group) for group in groups))
+        arena = Arena(sum(_packed_bytes(graph, group) for group in groups))
         for group in groups:
             report.matched += sum(len(weight.linears) for weight in group)
             for weight, released in zip(group, _pack(graph, group, arena), strict=True):
@@ -102,24 +102,6 @@ class _Weight:
     embeddings: list[Node] = field(default_factory=list)
     other_readers: list[Node] = field(default_factory=list)
     layout: Layout | None = None
-
-
-class _Arena:
-    """Memory for all packed weights, one behind the other: few large pages hold many of them."""
-
-    ALIGNMENT = 64
-
-    def __init__(self, size: int):
-        self._bytes = in_huge_pages(torch.empty(size, dtype=torch.uint8))
-        self._used = 0
-
-    @classmethod
-    def rounded(cls, size: int) -> int:
-        return -(-size // cls.ALIGNMENT) * cls.ALIGNMENT
-
-    def take(self, size: int) -> torch.Tensor:
-        start, self._used = self._used, self._used + self.rounded(size)
-        return self._bytes[start : start + size]
 
 
 def _weights(graph: GraphModule) -> list[_Weight]:
@@ -206,10 +188,10 @@ def _packed_bytes(graph: GraphModule, weights: Sequence[_Weight]) -> int:
     assert layout is not None
     present = [tensor for tensor in tensors if tensor is not None]
     shape = (sum(tensor.shape[0] for tensor in present), present[0].shape[1])
-    return _Arena.rounded(layout.nbytes(present[0].new_empty(shape, device="meta")))
+    return Arena.rounded(layout.nbytes(present[0].new_empty(shape, device="meta")))
 
 
-def _pack(graph: GraphModule, weights: Sequence[_Weight], arena: _Arena) -> list[bool]:
+def _pack(graph: GraphModule, weights: Sequence[_Weight], arena: Arena) -> list[bool]:
     """Swaps the linears of one weight, or of several that are one linear each with a common input. Whether the memory of each unpacked
     weight is free afterwards."""
     layout, tensors = weights[0].layout, [tensor_at(graph, weight.paths[0]) for weight in weights]

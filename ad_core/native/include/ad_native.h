@@ -135,6 +135,54 @@ INLINE void multiply_bfloat16(Vector *dots, const uint16_t *const *x, const int6
 }
 #endif
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_PAIRS
+enum { OUTPUTS = 64, TILE = 6 }; /* outputs of a block of a packed weight (`ad_core.native.packed`), rows that are multiplied with it at once */
+
+/* M rows x times pairs `first` to `stop` of a block, added to `sum` [M, 64], or written there if `first` is 0. */
+INLINE void multiply_block(const int64_t M, const uint16_t *const *x, const uint16_t *weight, int64_t first, int64_t stop, float *sum) {
+    __m512 kept[TILE][4];
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t i = 0; i < 4; i++) kept[m][i] = first ? _mm512_loadu_ps(sum + m * OUTPUTS + 16 * i) : _mm512_setzero_ps();
+    for (int64_t pair = first; pair < stop; pair++) {
+        __m512bh part[4];
+        for (int64_t i = 0; i < 4; i++) part[i] = (__m512bh)_mm512_loadu_si512(weight + (pair * OUTPUTS + 16 * i) * 2);
+        for (int64_t m = 0; m < M; m++) {
+            int32_t both;
+            memcpy(&both, x[m] + 2 * pair, sizeof both);
+            for (int64_t i = 0; i < 4; i++) kept[m][i] = _mm512_dpbf16_ps(kept[m][i], part[i], (__m512bh)_mm512_set1_epi32(both));
+        }
+    }
+    for (int64_t m = 0; m < M; m++)
+        for (int64_t i = 0; i < 4; i++) _mm512_storeu_ps(sum + m * OUTPUTS + 16 * i, kept[m][i]);
+}
+
+/* The same for up to TILE rows. */
+INLINE void multiply_tile(int64_t M, const uint16_t *const *x, const uint16_t *weight, int64_t first, int64_t stop, float *sum) {
+    switch (M) {
+    case 1: multiply_block(1, x, weight, first, stop, sum); break;
+    case 2: multiply_block(2, x, weight, first, stop, sum); break;
+    case 3: multiply_block(3, x, weight, first, stop, sum); break;
+    case 4: multiply_block(4, x, weight, first, stop, sum); break;
+    case 5: multiply_block(5, x, weight, first, stop, sum); break;
+    default: multiply_block(6, x, weight, first, stop, sum);
+    }
+}
+
+/* The first `count` of 64 sums, plus as many numbers of `bias` unless there is none, rounded to `out`. */
+INLINE void store_block(uint16_t *out, const float *sum, const uint16_t *bias, int64_t count) {
+    for (int64_t i = 0; 16 * i < count && i < 4; i++) {
+        const __mmask16 there = count - 16 * i < 16 ? (1u << (count - 16 * i)) - 1 : 0xffff;
+        __m512 value = _mm512_loadu_ps(sum + 16 * i);
+        if (bias) {
+            const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(there, bias + 16 * i));
+            value = _mm512_add_ps(value, _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16)));
+        }
+        _mm256_mask_storeu_epi16(out + 16 * i, there, (__m256i)_mm512_cvtneps_pbh(value));
+    }
+}
+#endif
+
 /* exp for x <= 0, within 2 units of the last place; 0 below -87. The products are fused so that nothing is reassociated. */
 INLINE float exponential(float x) {
     float whole = rintf(x * 1.44269504f);

@@ -22,6 +22,7 @@ def ad_ops() -> Sequence[CanonicalOp]:
 
 @hookimpl
 def ad_passes() -> Sequence[Pass]:
+    from ad_moe.pack_pass import PackExperts
     from ad_moe.stack_pass import StackExperts
 
-    return [StackExperts()]
+    return [StackExperts(), PackExperts()]

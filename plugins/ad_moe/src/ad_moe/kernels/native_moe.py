@@ -42,19 +42,42 @@ def moe_native(
     if selected.numel() > FEW * up.shape[0]:
         options = (gate, up_bias, down_bias, norm, norm_eps, up_transposed, down_transposed, weigh_input)
         return moe_torch(tokens, selected, weights, up, down, *options, *gating)
-    x, scale = tokens.flatten(0, -2), weights.reshape(-1, 1)  # [T, D], [T * K, 1]
-    share = selected.shape[-1]
+
+    def up_product(x: torch.Tensor, share: int, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return _products(x, share, selected, weight, bias, up_transposed)
+
+    def down_product(x: torch.Tensor) -> torch.Tensor:
+        return _products(x, 1, selected, down, down_bias, down_transposed)
+
+    return routed(tokens, selected, weights, up, gate, up_bias, norm, norm_eps, weigh_input, gating, up_product, down_product)
+
+
+def routed(
+    tokens: torch.Tensor,
+    selected: torch.Tensor,
+    weights: torch.Tensor,
+    up: torch.Tensor,
+    gate: torch.Tensor | None,
+    up_bias: torch.Tensor | None,
+    norm: torch.Tensor | None,
+    norm_eps: float,
+    weigh_input: bool,
+    gating: tuple[Any, ...],
+    up_product: Callable[[torch.Tensor, int, torch.Tensor, torch.Tensor | None], torch.Tensor],
+    down_product: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """What stands around the products, whatever computes them: `up_product` takes rows, how many choices share one, weight and bias,
+    and gives a row for each choice; `down_product` takes and gives one for each."""
+    choices, dtype = selected.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
+    x, share, scale = tokens.flatten(0, -2), choices, weights.reshape(-1, 1)  # [T, D], [T * K, 1]
     if weigh_input:
-        x, share = x.repeat_interleave(share, 0) * scale.to(x.dtype), 1
-    aside = None if gate is None else _products(x, share, selected, gate, None, up_transposed)
-    hidden = Gating(*gating)(_products(x, share, selected, up, up_bias, up_transposed), aside)
-    result = _products(hidden, 1, selected, down, down_bias, down_transposed)  # [T * K, O]
+        x, share = x.repeat_interleave(choices, 0) * scale.to(x.dtype), 1
+    aside = None if gate is None else up_product(x, share, gate, None)
+    result = down_product(Gating(*gating)(up_product(x, share, up, up_bias), aside))  # [T * K, O]
     if norm is not None:
         result = post_norm(result, norm, norm_eps)
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    result = result.to(dtype).unflatten(0, (-1, selected.shape[-1]))  # [T, K, O]
     shares = torch.ones_like(scale) if weigh_input else scale
-    total = torch.bmm(shares.to(dtype).view(-1, 1, selected.shape[-1]), result)
+    total = torch.bmm(shares.to(dtype).view(-1, 1, choices), result.to(dtype).unflatten(0, (-1, choices)))
     return total.to(tokens.dtype).view(*tokens.shape[:-1], -1)
 
 

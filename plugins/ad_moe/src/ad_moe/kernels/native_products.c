@@ -5,7 +5,7 @@
  */
 #include "ad_native.h"
 
-enum { OUTPUTS = 64, ROWS = 4 };
+enum { COLUMNS = 64, ROWS = 4 };
 
 typedef struct {
     const void *x; /* [choices / share, In], rows `x_row` elements apart */
@@ -22,7 +22,7 @@ INLINE void store(const Call *c, int64_t expert, int64_t choice, int64_t first, 
 /* Outputs `first` to `first + count` of M choices, from rows of the weight. */
 INLINE void by_rows(const Call *c, int64_t expert, const int64_t *choices, const int64_t M, int64_t first, int64_t count) {
     const int64_t base = (expert * c->Out + first) * c->In, wide = PADDED(c->In);
-    float sum[ROWS][OUTPUTS];
+    float sum[ROWS][COLUMNS];
 #ifdef __AVX512BF16__
     const int direct = KIND == BFLOAT16;
 #else
@@ -55,7 +55,7 @@ INLINE void by_rows(const Call *c, int64_t expert, const int64_t *choices, const
 /* The same from columns of the weight. */
 INLINE void by_columns(const Call *c, int64_t expert, const int64_t *choices, const int64_t M, int64_t first, const int64_t count) {
     const int64_t base = expert * c->Out * c->In + first, wide = PADDED(c->In);
-    float sum[ROWS][OUTPUTS] = {0}, part[OUTPUTS], rows[M * wide];
+    float sum[ROWS][COLUMNS] = {0}, part[COLUMNS], rows[M * wide];
     for (int64_t m = 0; m < M; m++) widen(rows + m * wide, c->x, choices[m] / c->share * c->x_row, c->In);
     for (int64_t d = 0; d < c->In; d++) {
         widen(part, c->weight, base + d * c->Out, count);
@@ -69,12 +69,12 @@ INLINE void by_columns(const Call *c, int64_t expert, const int64_t *choices, co
 
 INLINE void some(const Call *c, int64_t expert, const int64_t *choices, const int64_t M, int64_t first, int64_t count, const int transposed) {
     if (!transposed) by_rows(c, expert, choices, M, first, count);
-    else if (count == OUTPUTS) by_columns(c, expert, choices, M, first, OUTPUTS);
+    else if (count == COLUMNS) by_columns(c, expert, choices, M, first, COLUMNS);
     else by_columns(c, expert, choices, M, first, count);
 }
 
 INLINE void block(const Call *c, int64_t expert, const int64_t *choices, int64_t size, int64_t first, const int transposed) {
-    const int64_t count = c->Out - first < OUTPUTS ? c->Out - first : OUTPUTS;
+    const int64_t count = c->Out - first < COLUMNS ? c->Out - first : COLUMNS;
     for (; size >= ROWS; size -= ROWS, choices += ROWS) some(c, expert, choices, ROWS, first, count, transposed);
     if (size >= 2) some(c, expert, choices, 2, first, count, transposed), size -= 2, choices += 2;
     if (size == 1) some(c, expert, choices, 1, first, count, transposed);
@@ -83,7 +83,7 @@ INLINE void block(const Call *c, int64_t expert, const int64_t *choices, int64_t
 void routed_products(const void *x, int64_t x_row, int64_t share, const void *selected, int64_t choices, const void *weight,
                      const void *bias, int64_t E, int64_t Out, int64_t In, int64_t transposed, void *out) {
     const Call call = { .x = x, .weight = weight, .bias = bias, .out = out, .x_row = x_row, .share = share, .In = In, .Out = Out };
-    const int64_t *experts = selected, blocks = (Out + OUTPUTS - 1) / OUTPUTS;
+    const int64_t *experts = selected, blocks = (Out + COLUMNS - 1) / COLUMNS;
     /* Choices in the order of their experts: those of e are order[begin[e]] to order[begin[e + 1]]. */
     int64_t *begin = calloc(2 * (E + 2) + choices, sizeof(int64_t)), *chosen = begin + E + 2, *order = chosen + E + 2, count = 0;
     for (int64_t i = 0; i < choices; i++) {
@@ -98,7 +98,7 @@ void routed_products(const void *x, int64_t x_row, int64_t share, const void *se
         if (experts[i] >= 0 && experts[i] < E) order[begin[experts[i] + 1]++] = i;
 #pragma omp parallel for schedule(dynamic, 4) if (omp_get_max_threads() > 1)
     for (int64_t task = 0; task < count * blocks; task++) {
-        const int64_t expert = chosen[task / blocks], first = task % blocks * OUTPUTS, from = begin[expert], to = begin[expert + 1];
+        const int64_t expert = chosen[task / blocks], first = task % blocks * COLUMNS, from = begin[expert], to = begin[expert + 1];
         if (transposed) block(&call, expert, order + from, to - from, first, 1);
         else block(&call, expert, order + from, to - from, first, 0);
     }
