@@ -66,15 +66,19 @@ class Reference:
     special_ids: frozenset[int] = frozenset()
     _logits: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the module is."""
+        return next((tensor.device for tensor in [*self.module.parameters(), *self.module.buffers()]), torch.device("cpu"))
+
     def logits(self, vocabulary: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(ids [B, S], logits [B, S, V]) of every shape, on the CPU, logits in float32."""
         if not self._logits:
-            device = next((tensor.device for tensor in [*self.module.parameters(), *self.module.buffers()]), torch.device("cpu"))
             plain = LogitsOnly(self.module)
             with inference_form(self.module), tensors_kept(self.module), torch.no_grad():
                 for batch, length in SHAPES:
-                    ids = _ids(batch, min(length, self.max_length or length), vocabulary, self.special_ids)
-                    self._logits.append((ids, plain(ids.to(device)).float().cpu()))
+                    ids = text_ids(batch, min(length, self.max_length or length), vocabulary, self.special_ids)
+                    self._logits.append((ids, plain(ids.to(self.device)).float().cpu()))
         return self._logits
 
     def exact_logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -82,9 +86,8 @@ class Reference:
         plain = LogitsOnly(self.module)
         tensors = dict([*plain.named_parameters(), *plain.named_buffers()])
         exact = {name: tensor.float() for name, tensor in tensors.items() if tensor.is_floating_point()}
-        device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
         with inference_form(self.module), torch.no_grad():
-            logits: torch.Tensor = torch.func.functional_call(plain, exact, (ids.to(device),))
+            logits: torch.Tensor = torch.func.functional_call(plain, exact, (ids.to(self.device),))
         return logits.float().cpu()
 
     def counts_from_zero(self, vocabulary: int) -> bool:
@@ -93,10 +96,9 @@ class Reference:
         plain = LogitsOnly(self.module)
         if not plain.form.positions:
             return True
-        device = next((tensor.device for tensor in [*self.module.parameters(), *self.module.buffers()]), torch.device("cpu"))
         with inference_form(self.module), torch.no_grad():
-            told = plain(ids.to(device), torch.arange(ids.shape[1], device=device).expand_as(ids)).float().cpu()
-        return _difference(told, wanted, torch.float32) <= _TOLERANCE[torch.bfloat16]
+            told = plain(ids.to(self.device), torch.arange(ids.shape[1], device=self.device).expand_as(ids)).float().cpu()
+        return distance(told, wanted, torch.float32) <= _TOLERANCE[torch.bfloat16]
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,12 @@ def verify_numbers(graph: GraphModule, reference: Reference, dtype: torch.dtype,
         values = {"input_ids": ids.to(device), "position_ids": positions}
         with torch.no_grad():
             logits = graph(*(values[name] for name in names)).float().cpu()
-        difference = _difference(logits, wanted, dtype)
+        difference = distance(logits, wanted, dtype)
         if not difference <= allowed:  # not a number counts as different
             why = f"the relative difference is {difference:.2g}, and {allowed:.0e} is allowed in {str(dtype).removeprefix('torch.')}"
             if dtype in (torch.float16, torch.bfloat16) and difference < 2 * _MEANINGLESS:
                 exact = reference.exact_logits(ids)
-                rounded = _difference(logits, exact, dtype), _difference(wanted, exact, dtype)
+                rounded = distance(logits, exact, dtype), distance(wanted, exact, dtype)
                 if rounded[0] <= _ROUNDING * rounded[1] and rounded[1] <= _MEANINGLESS:
                     roundings.append(rounded)
                     worst = max(worst, difference)
@@ -153,7 +155,8 @@ def verify_numbers(graph: GraphModule, reference: Reference, dtype: torch.dtype,
     return Agreement(worst, allowed, tuple(roundings))
 
 
-def _difference(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
+def distance(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:
+    """How far `logits` are from those that are wanted: relative to the largest, in half precision to their spread."""
     if logits.shape != wanted.shape:
         return float("inf")
     error, spread = logits - wanted, wanted.std(correction=0).clamp_min(1e-6)
@@ -162,7 +165,7 @@ def _difference(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) 
     return float(error.square().mean().sqrt() / spread)
 
 
-def _ids(batch: int, length: int, vocabulary: int, special: frozenset[int]) -> torch.Tensor:
+def text_ids(batch: int, length: int, vocabulary: int, special: frozenset[int]) -> torch.Tensor:
     """Ids that look like text to the model: none of its special ones, the same at every call."""
     ids = torch.randint(0, vocabulary, (batch, length), generator=torch.Generator().manual_seed(17 * batch + length))
     allowed = next((number for number in range(vocabulary) if number not in special), 0)

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from textwrap import shorten
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.fx import GraphModule
 from ad_core.api.errors import AdError, CaptureError, CheckpointError, ConfigError, PluginError, UnclaimedMixerError
 from ad_core.api.matching import Matcher, Seam
 from ad_core.capture.export import Entries, Exported, export_module
+from ad_core.capture.foresight import contradiction
 from ad_core.capture.matching import Matched, apply_matchers
 from ad_core.capture.scope import configurations
 from ad_core.capture.seams import opened, reaching
@@ -74,7 +76,7 @@ def capture(
     `ops` are the canonical ops by name; `clean` runs the clean-up passes on a graph in place. Numbers are compared if the weights take
     at most `size_limit` bytes, or always or never if `verify` says so; then they are loaded (`progress`) and the graph has them.
     Records attempts, claims and decisions in `plan`. The module is left as it was. Raises `UnclaimedMixerError` or
-    `CaptureError` with the reason of every way.
+    `CaptureError` with the reason of every way; if numbers are compared, a module that contradicts itself is refused for that.
     """
     device = torch.device(device)
     compare = source.nbytes <= size_limit if verify is None else verify
@@ -116,7 +118,8 @@ def capture(
         plan.attempts.append(Attempt(way.name, True, verdict))
         plan.claims.extend(_claims(graph, ops, way, matched, entries.counts))
         return Captured(graph, way.name, entries.counts, compare, compare or source.in_memory, exported)
-    raise _refusal(source, failures, hint or RegistryHint())
+    contradicts = _contradiction(source, reference, device, failures) if compare else None
+    raise contradicts or _refusal(source, failures, hint or RegistryHint())
 
 
 def _one_way(
@@ -229,6 +232,44 @@ def _reason(error: BaseException) -> str:
         return f"{error.what} ({error.why})" if error.why else error.what
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+def _contradiction(
+    source: ModelSource, reference: Reference | None, device: torch.device, failures: list[tuple[str, Exception]]
+) -> CaptureError | None:
+    """The error if it is the module itself that cannot be served. One that does not even run is one more of `failures`."""
+    try:
+        reference = reference or Reference(source.runnable(device), source.max_model_len, _special_ids(source))
+        why = contradiction(reference, source.dtype)
+        better = _without_contradiction(source, reference) if why else None
+    except Exception as error:  # the author's code and the checkpoint; the refusal says what they raised
+        failures.append(("the module by itself", error))
+        return None
+    if why is None:
+        return None
+    ways = (shorten(f"{name}: {_reason(error)}", 160) for name, error in failures)
+    refusal = CaptureError(
+        f"{source.name} cannot be served token by token",
+        where=type(source.module).__name__,
+        why="\n         ".join([f"{why}, and no cache can give such answers; tried all the same", *ways]),
+        hint=f"with {better} attention it agrees with itself: set attn_implementation to {better!r}, in config.json or when you build it"
+        if better
+        else "a causal language model is needed; its config.json may say what makes it one (is_decoder, the seed of what it draws)",
+    )
+    refusal.__cause__ = failures[-1][1] if failures else None
+    return refusal
+
+
+def _without_contradiction(source: ModelSource, reference: Reference) -> str | None:
+    """The attention implementation with which the module agrees with itself."""
+    for name in _implementations(source.module):
+        try:
+            with _attention(source.module, name):
+                if contradiction(reference, source.dtype) is None:
+                    return name
+        except CaptureError:  # it does not run with this one
+            continue
+    return None
 
 
 def _refusal(source: ModelSource, failures: Sequence[tuple[str, Exception]], hint: RegistryHint) -> CaptureError:

@@ -142,6 +142,50 @@ class Cumulative(nn.Module):
         return x.cumsum(1)
 
 
+def test_a_module_that_looks_ahead_is_refused_for_that_whatever_else_is_wrong():
+    class Ahead(Toy):
+        def forward(self, input_ids, position_ids=None):
+            x = self.embed(input_ids)
+            return self.head(x + x.mean(1, keepdim=True))
+
+    with pytest.raises(
+        CaptureError, match=r"(?s)Ahead cannot be served token by token.*its logits for 9 tokens differ by .* 291 more"
+    ) as refused:
+        Capture(Ahead())
+    assert "as written: 1 graph region mixes tokens" in str(refused.value)
+    with pytest.raises(UnclaimedMixerError):
+        Capture(Ahead(), verify=False)
+
+
+def test_a_module_that_draws_random_numbers_is_refused_for_that():
+    class Draws(Mixes):
+        def forward(self, input_ids, position_ids=None):
+            return super().forward(input_ids) * torch.rand(())
+
+    with pytest.raises(CaptureError, match=r"for the same 300 tokens differ by .* between two runs: it draws random numbers"):
+        Capture(Draws())
+
+
+def test_a_module_that_looks_ahead_with_one_attention_only_is_told_of_the_other():
+    model = build("llama")
+
+    class Ahead(type(model)):
+        def forward(self, input_ids, **others):
+            output = super().forward(input_ids, **others)
+            if self.config._attn_implementation == "sdpa":
+                output.logits = output.logits.flip(1)
+            return output
+
+    model.__class__ = Ahead
+    with pytest.raises(
+        CaptureError, match=r"(?s)looks ahead.*with eager attention it agrees with itself: set attn_implementation to 'eager'"
+    ):
+        Capture(model)
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    assert tried(Capture(model).plan) == [("seams", True)]
+
+
 class Wrong(Seam):
     """Puts attention in, but not the model's: the scale is another."""
 
@@ -292,11 +336,11 @@ def test_the_tolerance_lets_rounding_pass_and_a_small_fault_not(dtype, monkeypat
     assert "numbers verified" in names[0]
     logits = torch.randn(2, 5, 30, generator=torch.Generator().manual_seed(0))
     allowed = verifier._TOLERANCE[dtype]
-    assert verifier._difference(logits * (1 + allowed / 10), logits, dtype) < allowed
+    assert verifier.distance(logits * (1 + allowed / 10), logits, dtype) < allowed
     wrong = logits.clone()
     wrong[:, -1] = logits[:, 0]
-    assert verifier._difference(wrong, logits, dtype) > allowed
-    assert verifier._difference(logits * float("nan"), logits, dtype) != verifier._difference(logits, logits, dtype)
+    assert verifier.distance(wrong, logits, dtype) > allowed
+    assert verifier.distance(logits * float("nan"), logits, dtype) != verifier.distance(logits, logits, dtype)
 
 
 class Rounding(Wrong):

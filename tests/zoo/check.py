@@ -32,6 +32,7 @@ class Result:
 
     model_type: str
     status: str = "fail"
+    """"pass", "fail", or "upstream": there is no such type in this transformers, or its own module contradicts itself."""
     stage: str = ""
     reason: str = ""
     mixers: dict[str, int] = field(default_factory=dict)
@@ -53,6 +54,7 @@ def check(entry: Entry) -> Result:
     """Runs the entry through all stages: build, capture, greedy, disk. Whatever is raised on the way ends up in the result."""
     result = Result(entry.model_type)
     start = time.perf_counter()
+    oracle = None
     try:
         with _stage(result, "build"):
             module, oracle = build(entry), build(entry)
@@ -67,7 +69,9 @@ def check(entry: Entry) -> Result:
                 _check_logits(oracle, llm, prompts)
         result.status = "pass"
     except _Stopped:
-        pass
+        blamed = _absent(entry) if oracle is None else contradiction(oracle)
+        if blamed:
+            result.status, result.reason = "upstream", blamed
     result.seconds = round(time.perf_counter() - start, 1)
     return result
 
@@ -121,7 +125,27 @@ class _FirstOfEqual(TorchFunctionMode):
         given = dict(zip(("input", "k", "dim", "largest"), args, strict=False)) | (kwargs or {})
         dim, count = given.get("dim", -1), given["k"]
         best = torch.sort(given["input"], dim=dim, descending=given.get("largest", True), stable=True)
-        return torch.return_types.topk([values.narrow(dim, 0, count) for values in best])
+        return torch.return_types.topk([values.narrow(dim, 0, count).contiguous() for values in best])
+
+
+def contradiction(oracle: nn.Module) -> str | None:
+    """Why nobody can answer token by token as this module does: what it says at a token changes when others follow, or it does not run."""
+    ids = prompt(max(LENGTHS) + STEPS)
+    try:
+        whole = logits_of(oracle, ids)
+        for seen in (*LENGTHS, len(ids) - 1):
+            apart = float((logits_of(oracle, ids[:seen]) - whole[:seen]).abs().max())
+            if apart > 100 * TIE:
+                return f"the author's module looks ahead: its logits of {seen} tokens change by {apart:.2g} when others follow"
+    except Exception as error:  # anything may go wrong in somebody else's model
+        return f"the author's module does not run: {_words(error)}"
+    return None
+
+
+def _absent(entry: Entry) -> str | None:
+    from transformers import CONFIG_MAPPING, __version__
+
+    return None if entry.model_type in CONFIG_MAPPING else f"transformers {__version__} has no such model type"
 
 
 def _check_greedy(oracle: nn.Module, llm: LLM, prompts: Sequence[Sequence[int]]) -> int:

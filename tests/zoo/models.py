@@ -17,6 +17,8 @@ import torch
 from torch import nn
 
 PATH = Path(__file__).with_name("zoo.json")
+TRANSFORMERS = "5.23"
+"""The version that the entries were written for. An older one has some of their types not, or with faults of its own."""
 
 
 @dataclass(frozen=True)

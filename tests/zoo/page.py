@@ -17,6 +17,8 @@ with a full recompute by the author's module, then saved, loaded from disk and i
 
 * *captured by*: **seam** where the author's library lets the operation be put in, **pattern** where it was found in the exported graph.
 * *mixers*: the canonical operations that the plan claims, and how many of each.
+* *status*: **works**, **fails**, or **upstream**: the module cannot be built or run as a language model, or what it says at a token
+  changes when others follow, so that nothing could answer token by token as it does.
 * *stage*: the first that failed. `build`: the module itself cannot be made; `capture`: no way in led to a graph that is the module;
   `greedy`: a token differs; `disk`: logits differ once the weights have been on disk.
 """
@@ -35,7 +37,7 @@ def _row(entry: Entry, result: Mapping[str, Any] | None) -> str:
     result = result or {}
     mixers = ", ".join(f"`{name}` x {count}" for name, count in sorted(result.get("mixers", {}).items()))
     reason = _short(result.get("reason", ""))
-    if _status(entry, result) == "upstream":
+    if entry.status != "ok" and result.get("status") != "pass":
         reason = _short(entry.note)
     cells: Sequence[str] = (
         entry.model_type,
@@ -53,7 +55,7 @@ def _status(entry: Entry, result: Mapping[str, Any] | None) -> str:
         return "not run"
     if result["status"] == "pass":
         return "works"
-    return "fails" if entry.status == "ok" else "upstream"
+    return "fails" if entry.status == "ok" and result["status"] != "upstream" else "upstream"
 
 
 def _short(text: str, limit: int = 240) -> str:

@@ -153,7 +153,7 @@ def test_a_norm_in_another_order_is_declined():
 
 def test_a_model_without_experts_declines_every_seam():
     model = plain_dense()
-    assert len(EVERY_SEAM) == 7
+    assert len(EVERY_SEAM) == 8
     assert all(seam.applies(model) is not None for seam in EVERY_SEAM)
 
 
@@ -184,6 +184,38 @@ def test_experts_outside_of_the_interface_give_the_same_through_the_op(kind):
     assert counts["ad_moe::moe"] >= 1
     assert [dict(vars(part)) for part in module.modules()] == before
     torch.testing.assert_close(result, wanted, rtol=1e-4, atol=1e-4)
+
+
+class AriaExperts(nn.Module):
+    """As transformers 5.17 has them: they route for themselves, and a stack lies in a module of its own. Its products, one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Module(), nn.Module()
+        self.fc1.weight, self.fc2.weight = nn.Parameter(torch.empty(5, 16, 24)), nn.Parameter(torch.empty(5, 12, 16))
+
+    def route_tokens_to_experts(self, router_logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        best, selected = router_logits.topk(2, dim=1)
+        return selected, best.softmax(-1)
+
+    def forward(self, hidden_states: torch.Tensor, router_logits: torch.Tensor) -> torch.Tensor:
+        result = torch.zeros_like(hidden_states)
+        for token, (selected, weights) in enumerate(zip(*self.route_tokens_to_experts(router_logits), strict=True)):
+            for expert, weight in zip(selected.tolist(), weights, strict=True):
+                gate, up = (hidden_states[token] @ self.fc1.weight[expert]).chunk(2)
+                result[token] += weight * ((nn.functional.silu(gate) * up) @ self.fc2.weight[expert])
+        return result
+
+
+def test_experts_that_route_for_themselves_give_the_same_through_the_op():
+    module, counts = nn.ModuleList([filled(AriaExperts())]), Counter()
+    generator = torch.Generator().manual_seed(0)
+    tokens, logits = torch.randn(11, 16, generator=generator), torch.randn(11, 5, generator=generator)
+    wanted = module[0](tokens, logits)
+    with every_seam(module, counts):
+        result = module[0](tokens, logits)
+    assert counts == {"ad_moe::moe": 1}
+    torch.testing.assert_close(result, wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("mixtral", "gpt_oss", *OUTSIDE))])

@@ -27,7 +27,6 @@ class ConvolvedAttentionSeam(ForwardSeam):
 
     name = "hf.convolved_attention"
     produces = SHIFT
-    transformers = ">=5.23"
 
     def applies(self, module: nn.Module) -> Declined | None:
         declined = super().applies(module)
