@@ -108,6 +108,16 @@ def test_rows_are_taken_where_they_were_made(driver):
     assert check(driver, attend).kwargs["distance_bias"].target is torch.ops.aten.matmul.default
 
 
+def test_a_mask_that_is_gathered_is_a_mask(driver):
+    def attend(self, q, k, v, ids, position_ids):
+        distance = distances(q.shape[2])
+        window = (torch.arange(E) < 3).float().log().expand(1, 1, q.shape[2], -1)
+        mask = window.gather(-1, distance.clamp(0, E - 1)[None, None])
+        return attention(q, k, v, mask)
+
+    assert check(driver, attend, window=3).kwargs.get("distance_bias") is None
+
+
 def test_sinks_of_every_query(driver):
     def attend(self, q, k, v, ids, position_ids):
         return attention(q, k, v, 0.0, column=q.sum(-1, keepdim=True))

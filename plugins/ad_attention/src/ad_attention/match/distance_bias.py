@@ -90,9 +90,10 @@ def _copy(node: Node, before: Node, by: Node, end: Node) -> Node:
 
 
 def read_distance_bias(sides: Iterable[Node], heads: int, graph: GraphModule, sizes: Sizes) -> DistanceBias | None:
-    """The one of `sides`, which are added to the scores of `heads` heads, that is such a bias; None if none goes through a gather over
-    keys. Raises `Unknown` with the reason if one does and is something else."""
-    found = [(side, gather) for side in sides for gather in _gathers(side, sizes)]
+    """The one of `sides`, which are added to the scores of `heads` heads, that is such a bias; None if none comes from values of the model
+    that are gathered over keys. Raises `Unknown` with the reason if one does and is something else."""
+    small = Evaluation(graph, sizes, 2, 7)
+    found = [(side, gather) for side in sides for gather in _gathers(side, sizes) if _is_of_the_model(gather, small)]
     if not found:
         return None
     if len(found) > 1:
@@ -111,8 +112,8 @@ def read_distance_bias(sides: Iterable[Node], heads: int, graph: GraphModule, si
     cuts = frozenset(node for node, before in links if not _is_by_row(node, before, sizes))
     bias = DistanceBias(side, gather, links, cuts, rows)
     longest = 2 * extent + 3
-    for batch, length in ((2, 7), (1, longest)):
-        _prove(bias, extent, Evaluation(graph, sizes, batch, length))
+    for evaluation in (small, Evaluation(graph, sizes, 1, longest)):
+        _prove(bias, extent, evaluation)
     index: Node = gather.args[2]  # type: ignore[assignment]
     places = [index, *(other for cut, before in links if cut in cuts for other in cut.all_input_nodes if other is not before)]
     beyond = [integer for integer in integers_of({node for place in places for node in cone(place)}, graph) if integer > longest]
@@ -136,6 +137,15 @@ def _gathers(side: Node, sizes: Sizes) -> list[Node]:
         seen.update(fresh)
         stack += fresh
     return found
+
+
+def _is_of_the_model(gather: Node, evaluation: Evaluation) -> bool:
+    """Whether the values that are gathered depend on more than sizes and positions."""
+    try:
+        evaluation.value(gather.args[0])  # type: ignore[arg-type]
+    except Unknown:
+        return True
+    return False
 
 
 def _is_square(node: Node, sizes: Sizes) -> bool:
