@@ -33,6 +33,8 @@ def definition(
     rel_bias=None,
     rel_bias_rule="",
     key_bias=None,
+    distance_bias=None,
+    query_sinks=None,
     rows=None,
 ):
     """[B, S, H, Dv] by loops over batch, query (all, or `rows`) and head."""
@@ -54,10 +56,14 @@ def definition(
                 score += float(rel_bias[h, t5_bucket(i - j, buckets, int(furthest)) if kind == "t5" else min(i - j, buckets - 1)])
             if key_bias is not None:
                 score += float(key_bias[b, j, g])
+            if distance_bias is not None and i - j < distance_bias.shape[3]:
+                score += float(distance_bias[b, i, h, i - j])
             scores.append(score)
             seen.append(v[b, j, g])
         if sinks is not None:
             scores.append(float(sinks[h]))
+        if query_sinks is not None:
+            scores.append(float(query_sinks[b, i, h]))
         top = max(scores)
         weights = [math.exp(score - top) for score in scores]
         out[b, i, h] = sum(weight * value for weight, value in zip(weights, seen, strict=False)) / sum(weights)
@@ -85,6 +91,10 @@ MODIFIERS = {
     "t5": lambda heads, groups: {"rel_bias": normal(heads, 6, seed=4), "rel_bias_rule": "t5:9"},
     "clip": lambda heads, groups: {"rel_bias": normal(heads, 4, seed=4), "rel_bias_rule": "clip"},
     "key bias": lambda heads, groups: {"key_bias": normal(2, S, groups, seed=5)},
+    "distance bias": lambda heads, groups: {"distance_bias": normal(2, S, heads, 4, seed=7)},
+    "distance bias longer than the sequence": lambda heads, groups: {"distance_bias": normal(2, S, heads, S + 2, seed=7)},
+    "distance bias in a window": lambda heads, groups: {"distance_bias": normal(2, S, heads, 4, seed=7), "window": 5},
+    "query sinks": lambda heads, groups: {"query_sinks": normal(2, S, heads, seed=8)},
     "all": lambda heads, groups: {
         "window": 7,
         "chunk": 8,
@@ -94,6 +104,8 @@ MODIFIERS = {
         "rel_bias": normal(heads, 6, seed=4),
         "rel_bias_rule": "t5:9",
         "key_bias": normal(2, S, groups, seed=5),
+        "distance_bias": normal(2, S, heads, 4, seed=7),
+        "query_sinks": normal(2, S, heads, seed=8),
     },
 }
 
@@ -104,6 +116,15 @@ def test_every_modifier_is_what_the_definition_says(heads, modifiers):
     arguments = {"scale": 0.37, **modifiers(*heads[:2])}
     q, k, v = qkv(*heads)
     torch.testing.assert_close(attention(q, k, v, **arguments), definition(q, k, v, **arguments), rtol=1e-12, atol=1e-12)
+
+
+def test_a_distance_bias_over_more_than_one_block_of_rows():
+    length = ROW_BLOCK + 3
+    q, k, v = qkv(1, 1, 2, 2, length)
+    arguments = {"scale": 1.0, "distance_bias": normal(2, length, 1, ROW_BLOCK, seed=7), "query_sinks": normal(2, length, 1, seed=8)}
+    rows = [0, ROW_BLOCK - 1, ROW_BLOCK, ROW_BLOCK + 2]
+    got, want = attention(q, k, v, **arguments), definition(q, k, v, **arguments, rows=rows)
+    torch.testing.assert_close(got[:, rows], want[:, rows], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["window", "alibi", "t5"])

@@ -34,14 +34,14 @@ def in_order(harness):
 
 
 @pytest.mark.parametrize("entries", [0, 60], ids=["no room for an index", "room for some"])
-@pytest.mark.parametrize("name", ["gqa", "window", "chunk", "key_bias", "everything"])
+@pytest.mark.parametrize("name", ["gqa", "window", "chunk", "key_bias", "window_distance_bias", "everything"])
 def test_gather_indices_that_do_not_fit_are_computed_in_the_layer(monkeypatch, name, entries):
     monkeypatch.setattr(torch_plan, "MAX_ENTRIES", entries)
     for check in (kernel_checks.ragged, kernel_checks.chunks, kernel_checks.dirty_memory):
         check(Subject(MIXER, BY_NAME[name], KERNEL))
 
 
-@pytest.mark.parametrize("name", ["gqa", "window_sinks", "everything"])
+@pytest.mark.parametrize("name", ["gqa", "window_sinks", "distance_bias", "query_sinks", "everything"])
 def test_groups_that_are_cut_to_one_row_each(monkeypatch, name):
     monkeypatch.setattr(torch_plan, "GROUP_BYTES", 1)
     for check in (kernel_checks.ragged, kernel_checks.decode, kernel_checks.independence):
@@ -98,6 +98,15 @@ def test_sequences_of_very_different_length_are_not_padded_to_the_longest():
     assert sum(group.size for group in groups) == 5
 
 
+@pytest.mark.parametrize("name", ["distance_bias", "query_sinks"])
+def test_what_queries_have_of_their_own_follows_them_into_sorted_groups(name):
+    harness = Harness(MIXER, KERNEL, BY_NAME[name], sequences=6, length=200, page_size=16)
+    lengths = [190, 3, 5, 188, 2]
+    steps = [list(enumerate(lengths)), [(index, 1) for index in range(5)]]
+    Subject(MIXER, BY_NAME[name], KERNEL).follow(harness, steps, "mixed lengths")
+    assert plan_of(harness)[0].permuted
+
+
 def test_sequences_of_like_length_are_one_group_in_their_order():
     harness = Harness(MIXER, KERNEL, BY_NAME["gqa"], sequences=3, length=40)
     harness.step([(0, 30), (1, 28), (2, 31)])
@@ -106,7 +115,7 @@ def test_sequences_of_like_length_are_one_group_in_their_order():
     assert (step.permuted, [group.size for group in groups], step.size, step.masked) == (0, [3], 3, 1)
 
 
-@pytest.mark.parametrize("name", ["gqa", "window", "key_bias", "everything"])
+@pytest.mark.parametrize("name", ["gqa", "window", "key_bias", "distance_bias", "query_sinks", "everything"])
 def test_consecutive_pages_are_read_where_they_lie(name):
     harness = in_order(Harness(MIXER, KERNEL, BY_NAME[name], sequences=1, length=24, page_size=4))
     subject = Subject(MIXER, BY_NAME[name], KERNEL)
@@ -117,7 +126,7 @@ def test_consecutive_pages_are_read_where_they_lie(name):
         harness.free_pages.sort(reverse=True)
         outputs = harness.step([(0, count)])[0]
         subject.close(outputs, [truth[0, start : start + count] for truth in expected], f"tokens {start} to {start + count}")
-        if name in ("gqa", "key_bias"):
+        if name in ("gqa", "key_bias", "distance_bias", "query_sinks"):
             step, _, prefills = plan_of(harness)
             assert (step.view_start if count == 1 else prefills[0].view_start) != NONE
 
@@ -132,7 +141,7 @@ def test_scattered_pages_are_not_taken_for_consecutive_ones():
 
 
 def test_a_prefill_longer_than_a_block_of_rows_with_every_bias():
-    for name in ("gqa", "narrow_value", "sinks", "window", "chunk", "alibi", "softcap", "everything"):
+    for name in ("gqa", "narrow_value", "sinks", "window", "chunk", "alibi", "softcap", "far_distance_bias", "everything"):
         harness = Harness(MIXER, KERNEL, BY_NAME[name], sequences=1, length=700, page_size=16)
         Subject(MIXER, BY_NAME[name], KERNEL).follow(harness, [[(0, 300)], [(0, 400)]], name)
 
@@ -153,7 +162,8 @@ def test_calls_share_a_preparation_only_if_nothing_of_it_differs():
     different = ["mha", "gqa", "mqa", "wide_value", "window", "chunk", "softcap", "t5", "clip", "everything"]
     assert len({key(name) for name in different}) == len(different)
     assert key("gqa") != key("gqa", torch.bfloat16)
-    assert key("sinks") == key("key_bias")  # both are given to the op, not to the preparation
+    given = ("key_bias", "distance_bias", "query_sinks")  # like sinks, they are given to the op and not to the preparation
+    assert {key(name) for name in given} == {key("sinks")}
 
 
 def test_an_unknown_rule_is_declined():

@@ -25,6 +25,9 @@ from ad_core.api import Environment, Limits, OpCall
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 TOLERANCE = {FP32: 2e-6, FP16: 2e-3, BF16: 1.6e-2}
 """Of the largest output. float32: rounding of sums; the others: their own rounding of weights and result."""
+OWN = ("key_bias", "distance_bias", "query_sinks")
+"""Modifiers that every token has of its own."""
+EXTENT = 12
 GUARD = 64
 SENTINEL = 7.0
 
@@ -63,7 +66,7 @@ class Step:
         if "key_bias" in case.options:
             shapes["key_bias_pages"] = (case.G,)
         self.pools = {name: guarded((sum(pages) + 2, case.page_size, *shape), case.dtype) for name, shape in shapes.items()}
-        packed: dict[str, list[torch.Tensor]] = {"query": [], "key": [], "value": [], "key_bias": [], "slots": []}
+        packed: dict[str, list[torch.Tensor]] = {name: [] for name in ("query", "key", "value", *OWN, "slots")}
         expected = []
         for b, (context, _) in enumerate(case.rows):
             for block in range(pages[b]):
@@ -75,6 +78,8 @@ class Step:
                 "key": torch.randn(totals[b], case.G, case.D, generator=draw).to(case.dtype),
                 "value": torch.randn(totals[b], case.G, case.DV, generator=draw).to(case.dtype),
                 "key_bias": torch.randn(totals[b], case.G, generator=draw).to(case.dtype),
+                "distance_bias": torch.randn(totals[b], case.H, EXTENT, generator=draw).to(case.dtype),
+                "query_sinks": torch.randn(totals[b], case.H, generator=draw).to(case.dtype),
             }
             cached = context if case.append else totals[b]
             for name, pool in self.pools.items():
@@ -86,8 +91,9 @@ class Step:
         self.slots = torch.cat(packed.pop("slots"))
         poison = {name: values[0].new_full((case.padded_rows, *values[0].shape[1:]), math.nan) for name, values in packed.items()}
         self.tokens = {name: torch.cat([*values, poison[name]])[None] for name, values in packed.items()}
-        if "key_bias" not in case.options:
-            del self.tokens["key_bias"]
+        for name in OWN:
+            if name not in case.options:
+                del self.tokens[name]
         new = torch.tensor([new for _, new in case.rows] + [0] * case.padded_sequences, dtype=torch.int32)
         self.fields = {
             "cu_seqlens": torch.nn.functional.pad(new.cumsum(0), (1, 0)).int(),
@@ -96,8 +102,8 @@ class Step:
             "token_slots": torch.nn.functional.pad(self.slots, (0, case.padded_rows)).int(),
         }
         absent = dict.fromkeys(("window", "chunk", "softcap", "sinks", "alibi_slopes", "rel_bias")) | {"rel_bias_rule": ""}
-        options = absent | {name: value for name, value in case.options.items() if name != "key_bias"}
-        self.call = OpCall("node", "module", TritonPaged.target, {"scale": case.scale, "key_bias": None} | self.tokens | options)
+        options = absent | {name: value for name, value in case.options.items() if name not in OWN}
+        self.call = OpCall("node", "module", TritonPaged.target, {"scale": case.scale} | dict.fromkeys(OWN) | self.tokens | options)
         self.buffers = self._buffers(max_model_len or max(totals))
 
     def _buffers(self, max_model_len: int) -> dict[str, torch.Tensor]:
@@ -140,7 +146,7 @@ class Step:
 
 def dense(tokens: dict[str, torch.Tensor], case: Case) -> torch.Tensor:
     """The definition of the canonical op, on one sequence, in float64: no cache, no blocks, one matrix of scores."""
-    query, key, value, key_bias = (tokens[name].double() for name in ("query", "key", "value", "key_bias"))
+    query, key, value, key_bias, distance_bias, query_sinks = (tokens[name].double() for name in ("query", "key", "value", *OWN))
     group = case.H // case.G
     options = case.options
     S = len(query)
@@ -159,10 +165,15 @@ def dense(tokens: dict[str, torch.Tensor], case: Case) -> torch.Tensor:
             scores = scores + by_distance[distance.clamp(min=0)]
         if "key_bias" in options:
             scores = scores + key_bias[:, h // group]
+        if "distance_bias" in options:
+            for back in range(min(EXTENT, S)):
+                scores.diagonal(-back).add_(distance_bias[back:, h, back])
         seen = (distance >= 0) & (distance < options.get("window", S + 1)) & (chunks[:, None] == chunks[None, :])
         scores = scores.masked_fill(~seen, -math.inf)
         if "sinks" in options:
             scores = torch.cat([scores, options["sinks"][h].double().expand(S, 1)], dim=1)
+        if "query_sinks" in options:
+            scores = torch.cat([scores, query_sinks[:, h, None]], dim=1)
         rows.append(scores.softmax(dim=1)[:, :S] @ value[:, h // group])
     return torch.stack(rows, dim=1)
 
@@ -216,6 +227,8 @@ MODIFIERS: dict[str, dict[str, Any]] = {
     "t5 bias": {"rel_bias": torch.linspace(-1, 1, 16).reshape(2, 8), "rel_bias_rule": "t5:20"},
     "clipped bias": {"rel_bias": torch.linspace(-1, 1, 10).reshape(2, 5), "rel_bias_rule": "clip"},
     "key bias": {"key_bias": True},
+    "distance bias": {"distance_bias": True},
+    "query sinks": {"query_sinks": True},
 }
 EVERYTHING: dict[str, Any] = {name: value for options in MODIFIERS.values() for name, value in options.items()}
 EVERYTHING |= {"window": 40, "chunk": 128}
@@ -245,7 +258,7 @@ def test_a_modifier_in_mixed_batches(name: str) -> None:
     assert close(Case(((70, 1), (45, 7)), options=MODIFIERS[name], padded_rows=1))
 
 
-@pytest.mark.parametrize("name", ["softcap", "sinks", "alibi", "t5 bias", "clipped bias", "key bias"])
+@pytest.mark.parametrize("name", ["softcap", "sinks", "alibi", "t5 bias", "clipped bias", "key bias", "distance bias", "query sinks"])
 def test_a_modifier_in_split_rows(name: str) -> None:
     assert close(Case(((260, 1),), options=MODIFIERS[name], padded_sequences=1))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ad_attention.scores import bucket_table, first_visible, score_bias
+from ad_attention.scores import bucket_table, first_visible, query_bias, score_bias
 from ad_core.api import Role
 from ad_core.graph.ops import define_op
 
@@ -15,7 +15,7 @@ ROW_BLOCK = 256
 SCHEMA = (
     "ad_attention::attention(Tensor query, Tensor key, Tensor value, *, float scale, int? window=None, int? chunk=None, "
     'float? softcap=None, Tensor? sinks=None, Tensor? alibi_slopes=None, Tensor? rel_bias=None, str rel_bias_rule="", '
-    "Tensor? key_bias=None) -> Tensor"
+    "Tensor? key_bias=None, Tensor? distance_bias=None, Tensor? query_sinks=None) -> Tensor"
 )
 
 ROLES = {
@@ -31,6 +31,8 @@ ROLES = {
     "rel_bias": Role.PARAM,
     "rel_bias_rule": Role.CONST,
     "key_bias": Role.TOKEN,
+    "distance_bias": Role.TOKEN,
+    "query_sinks": Role.TOKEN,
 }
 
 
@@ -48,19 +50,23 @@ def attention_reference(
     rel_bias: torch.Tensor | None = None,
     rel_bias_rule: str = "",
     key_bias: torch.Tensor | None = None,
+    distance_bias: torch.Tensor | None = None,
+    query_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention: query [B, S, H, D], key [B, S, G, D], value [B, S, G, Dv] -> [B, S, H, Dv], contiguous.
 
     Head h reads key/value head h // (H / G). The score of (i, j) is query_i . key_j * scale, then
     `softcap` * tanh(score / `softcap`), then the biases: `alibi_slopes` [H] * (j - i), `rel_bias` [H, buckets] at the
-    bucket that `rel_bias_rule` gives to i - j, `key_bias` [B, S, G] at j. Seen are j <= i, of these with `window` only
-    j > i - window and with `chunk` only j // chunk == i // chunk. `sinks` [H] is one more score a row, with no value.
-    Half precision is computed in float32.
+    bucket that `rel_bias_rule` gives to i - j, `key_bias` [B, S, G] at j, `distance_bias` [B, S, H, E] of query i at i - j,
+    and nothing from distance E on. Seen are j <= i, of these with `window` only j > i - window and with `chunk` only
+    j // chunk == i // chunk. `sinks` [H] is one more score a row, with no value; so is `query_sinks` [B, S, H], which each
+    query has of its own. Half precision is computed in float32.
     """
     batch, length, heads, _ = query.shape
     groups = key.shape[2]
     limits = (x for x in (window, chunk) if x is not None)
-    plain = all(x is None for x in (softcap, sinks, alibi_slopes, rel_bias, key_bias)) and all(x >= length for x in limits)
+    modifiers = (softcap, sinks, alibi_slopes, rel_bias, key_bias, distance_bias, query_sinks)
+    plain = all(x is None for x in modifiers) and all(x >= length for x in limits)
     if plain and key.shape[3] == value.shape[3]:
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         if groups != heads:
@@ -80,6 +86,9 @@ def attention_reference(
             scores = torch.tanh(scores / softcap) * softcap
         if key_bias is not None:
             scores = scores + key_bias[:, first:stop].to(dtype).transpose(1, 2)[:, :, None, None]
+        if distance_bias is not None:
+            own = query_bias(distance_bias[:, start:stop].to(dtype), positions[start:stop], positions[first:stop])
+            scores = scores + own.unflatten(1, (groups, -1))
         bias = score_bias(
             positions[start:stop],
             positions[first:stop],
@@ -91,11 +100,12 @@ def attention_reference(
             buckets=buckets,
         )
         scores = scores + (bias if bias.dim() == 2 else bias.unflatten(0, (groups, -1)))
+        columns = [scores]
         if sinks is not None:
-            column = sinks.to(dtype).view(groups, -1, 1, 1).expand(batch, -1, -1, stop - start, 1)
-            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
+            columns.append(sinks.to(dtype).view(groups, -1, 1, 1).expand(batch, -1, -1, stop - start, 1))
+        if query_sinks is not None:
+            columns.append(query_sinks[:, start:stop].to(dtype).transpose(1, 2).unflatten(1, (groups, -1))[..., None])
+        weights = torch.cat(columns, -1).softmax(-1)[..., : stop - first] if len(columns) > 1 else scores.softmax(-1)
         out[:, start:stop] = (weights @ v[..., first:stop, :]).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return out
 

@@ -71,3 +71,13 @@ def head_bias(
         relative = rel_bias.to(dtype)[:, column if buckets is None else buckets[column]]
         bias = relative if bias is None else bias + relative
     return bias
+
+
+def query_bias(distance_bias: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> torch.Tensor:
+    """The biases that queries have of their own: [..., H, m, n] of `distance_bias` [..., m, H, E] for the queries at `i` [m] and
+    the keys at `j` [n], zero from distance E on. Where j > i it means nothing."""
+    extent = distance_bias.shape[-1]
+    distance = i[:, None] - j
+    by_head = distance_bias.transpose(-3, -2)  # [..., H, m, E]
+    spread = by_head.gather(-1, distance.clamp(0, extent - 1).expand(*by_head.shape[:-1], -1))
+    return spread.masked_fill(distance >= extent, 0.0)

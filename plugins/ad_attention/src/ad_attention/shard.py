@@ -12,6 +12,8 @@ HEADS = ShardRule(
         "key": 2,
         "value": 2,
         "key_bias": 2,
+        "distance_bias": 2,
+        "query_sinks": 2,
         "sinks": 0,
         "alibi_slopes": 0,
         "rel_bias": 0,

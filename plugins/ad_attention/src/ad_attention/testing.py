@@ -52,8 +52,17 @@ def _key_bias(generator: torch.Generator, batch: int, length: int, heads: int, g
     return {"key_bias": 2 * torch.randn(batch, length, groups, generator=generator)}
 
 
+def _distance_bias(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"distance_bias": 2 * torch.randn(batch, length, heads, 6, generator=generator)}
+
+
+def _query_sinks(generator: torch.Generator, batch: int, length: int, heads: int, groups: int) -> dict[str, Any]:
+    return {"query_sinks": 2 * torch.randn(batch, length, heads, generator=generator)}
+
+
 def _everything(*sizes: Any) -> dict[str, Any]:
-    return {"window": 9, "chunk": 13, "softcap": 3.0, **_sinks(*sizes), **_alibi(*sizes), **_t5(*sizes), **_key_bias(*sizes)}
+    given = [make(*sizes) for make in (_sinks, _alibi, _t5, _key_bias, _distance_bias, _query_sinks)]
+    return {"window": 9, "chunk": 13, "softcap": 3.0, **{name: value for each in given for name, value in each.items()}}
 
 
 CASES = [
@@ -72,5 +81,9 @@ CASES = [
     case("t5", 4, 4, 16, 16, _t5),
     case("clip", 4, 2, 16, 16, _clip),
     case("key_bias", 4, 2, 16, 16, _key_bias),
+    case("distance_bias", 4, 2, 16, 16, _distance_bias),
+    case("far_distance_bias", 2, 1, 8, 8, lambda *sizes: {"distance_bias": torch.randn(sizes[1], sizes[2], 2, 200, generator=sizes[0])}),
+    case("window_distance_bias", 6, 2, 16, 16, lambda *sizes: {"window": 8, **_distance_bias(*sizes)}),
+    case("query_sinks", 4, 2, 16, 16, _query_sinks),
     case("everything", 4, 2, 16, 8, _everything),
 ]

@@ -208,6 +208,34 @@ def test_a_call_that_chooses_its_keys_goes_to_the_op_of_that(attend):
     assert attend.entered == ["ad_attention::selected"]
 
 
+def by_hand(query, key, value, allowed, bias=0.0, sinks=None):
+    """[B, S, H, Dv] in float64; `allowed` [S, L]."""
+    query, key, value = (x.double() for x in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1)))
+    scores = (query @ key.mT * 0.5 + bias).masked_fill(~allowed, float("-inf")).exp()
+    total = scores.sum(-1, keepdim=True) + (0 if sinks is None else sinks.double().exp())
+    return (scores / total @ value).transpose(1, 2)
+
+
+@pytest.mark.parametrize("given", [("position_bias",), ("sinks",), ("position_bias", "sinks")])
+def test_a_bias_or_sinks_of_its_own_are_written_out_for_the_matchers(attend, given):
+    operands = {"query": torch.randn(2, 4, 5, 8), "key": torch.randn(2, 2, 5, 8), "value": torch.randn(2, 2, 5, 6)}
+    own = {"position_bias": torch.randn(2, 4, 5, 5), "sinks": torch.randn(2, 4, 5, 1)}
+    result, _ = attend.call(**operands, attention_mask=MaskDescription(window=3), **{name: own[name] for name in given})
+    distance = torch.arange(5)[:, None] - torch.arange(5)
+    bias, sinks = (own[name] if name in given else None for name in ("position_bias", "sinks"))
+    wanted = by_hand(**operands, allowed=(distance >= 0) & (distance < 3), bias=0.0 if bias is None else bias, sinks=sinks)
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert attend.entered == []
+
+
+def test_attention_to_all_keys_is_written_out_for_the_verifier_to_see_whose_they_are(attend):
+    operands = {"query": torch.randn(2, 4, 3, 8), "key": torch.randn(2, 2, 7, 8), "value": torch.randn(2, 2, 7, 6)}
+    result, _ = attend.call(**operands, attention_mask=None, is_causal=False)
+    wanted = by_hand(**operands, allowed=torch.ones(3, 7, dtype=torch.bool))
+    torch.testing.assert_close(result.double(), wanted, rtol=1e-5, atol=1e-5)
+    assert attend.entered == []
+
+
 @pytest.mark.parametrize(
     ("changed", "why"),
     [
@@ -219,11 +247,12 @@ def test_a_call_that_chooses_its_keys_goes_to_the_op_of_that(attend):
         ({"sliding_window": 4, "attention_mask": MaskDescription(window=5)}, "sliding_window is 4 and its mask's window is 5"),
         ({"attention_mask": MaskDescription(window=5, chunk=4)}, "window .* and chunks"),
         ({"scaling": torch.ones(4)}, "scaling is a Tensor"),
-        ({"position_bias": torch.zeros(2, 4, 5, 5)}, "position_bias"),
         ({"indices": torch.zeros(2, 5, 3), "attention_mask": MaskDescription(window=5)}, "chooses its keys and has a window"),
+        ({"indices": torch.zeros(2, 5, 3), "position_bias": torch.zeros(2, 4, 5, 5)}, "chooses its keys and has .* a bias"),
         ({"head_mask": torch.ones(4)}, "head_mask"),
         ({"cu_seq_lens_q": torch.tensor([0, 5])}, "cu_seq_lens_q"),
-        ({"s_aux": torch.zeros(2, 4, 5, 1)}, "sinks have the shape"),
+        ({"s_aux": torch.zeros(1, 4, 1, 1)}, "sinks have the shape"),
+        ({"attention_mask": None, "is_causal": False, "head_mask": torch.ones(4)}, "head_mask"),
         ({"key": torch.randn(2, 2, 7, 8), "value": torch.randn(2, 2, 7, 6)}, "different length"),
         ({"key": torch.randn(2, 3, 5, 8), "value": torch.randn(2, 3, 5, 6)}, "4 query heads over 3 key heads"),
     ],

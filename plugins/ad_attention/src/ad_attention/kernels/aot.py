@@ -30,6 +30,7 @@ def variants() -> Mapping[str, Callable[[], object]]:
         "bf16-d128-mha": partial(_step, BF16, 128, G=32),
         "bf16-d128-mqa": partial(_step, BF16, 128, H=64, G=1),
         "bf16-d128-all": partial(_step, BF16, 128, modifiers=ALL),
+        "bf16-d128-own": partial(_step, BF16, 128, modifiers=("distance_bias", "query_sinks")),
         "bf16-d64-window-sinks": partial(_step, BF16, 64, H=64, modifiers=("window", "sinks"), max_keys=128),
         "bf16-d80": partial(_step, BF16, 80, G=32),
         "bf16-d192-dv128": partial(_step, BF16, 192, DV=128, G=32),
@@ -54,6 +55,8 @@ def _step(
         "rel_bias": floats(H, 128),
         "key_bias": floats(1, T, G),
         "window": 1024,
+        "distance_bias": floats(1, T, H, 1024),
+        "query_sinks": floats(1, T, H),
     }
     return attention(
         floats(1, T, H, D),

@@ -146,6 +146,8 @@ class NativePaged(TorchPaged):
         query, key, value = call["query"], call["key"], call["value"]
         if not query.dtype == key.dtype == value.dtype:
             return Declined("queries, keys and values are of different dtypes")
+        if call["distance_bias"] is not None or call["query_sinks"] is not None:
+            return Declined("it knows no biases and no sinks of a query")
         heads, width = int(query.shape[2]), max(int(key.shape[3]), int(value.shape[3]))
         if heads * width > LARGEST:
             return Declined(f"{heads} query heads of {width} are too many for a thread's stack")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ad_attention.kernels.torch_plan import BAGGED, FUSED, SPLIT
-from ad_attention.scores import first_visible, score_bias
+from ad_attention.scores import first_visible, query_bias, score_bias
 
 FUSED_ROWS = 64
 """Chunks shorter than this are one fused call on the CPU; longer ones are faster, and more exact, in blocks of plain products."""
@@ -24,7 +24,8 @@ fused_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 
 
 class Modifiers(NamedTuple):
-    """The canonical op's arguments beside query, key and value."""
+    """The canonical op's arguments beside query, key and value. `sinks` is [H], or [n, H] of the queries that are computed, whose
+    biases by distance `distance_bias` [n, H, E] are."""
 
     scale: float
     window: int | None
@@ -34,6 +35,16 @@ class Modifiers(NamedTuple):
     alibi_slopes: torch.Tensor | None
     rel_bias: torch.Tensor | None
     buckets: torch.Tensor | None
+    distance_bias: torch.Tensor | None = None
+
+    def of(self, rows: slice | torch.Tensor) -> Modifiers:
+        """Those of some of the queries."""
+        sinks, bias = self.sinks, self.distance_bias
+        if bias is None and (sinks is None or sinks.dim() == 1):
+            return self
+        return self._replace(
+            sinks=sinks if sinks is None or sinks.dim() == 1 else sinks[rows], distance_bias=bias if bias is None else bias[rows]
+        )
 
 
 class Bagged(NamedTuple):
@@ -109,7 +120,8 @@ def prefill(
     [c + m, G] covers both.
     """
     m = query.shape[0]
-    biased = given.alibi_slopes is not None or given.rel_bias is not None or key_bias is not None
+    biases = (given.alibi_slopes, given.rel_bias, key_bias, given.distance_bias)
+    biased = any(bias is not None for bias in biases)
     first, last = (first_visible(position, given.window, given.chunk) for position in (context, context + m - 1))
     uniform = first == last and not biased  # all rows see the same context, and then each other's past
     plain = uniform and given.softcap is None and key.shape[2] == value.shape[2]
@@ -180,9 +192,10 @@ def _prefill_blocks(
         if diagonal is not None:
             scores[..., start - stop :].add_(diagonal[: stop - start, : stop - start])
         else:
+            i, j = (torch.arange(begin, high, device=query.device) for begin in (context + start, low))
             bias = score_bias(
-                torch.arange(context + start, high, device=query.device),
-                torch.arange(low, high, device=query.device),
+                i,
+                j,
                 dtype,
                 window=given.window,
                 chunk=given.chunk,
@@ -191,13 +204,17 @@ def _prefill_blocks(
                 buckets=given.buckets,
             )
             scores.add_(bias if bias.dim() == 2 else bias.unflatten(0, (G, -1)))
+            if given.distance_bias is not None:
+                scores.add_(query_bias(given.distance_bias[start:stop].to(dtype), i, j).unflatten(0, (G, -1)))
         block = torch.bmm(scores.softmax(-1).view(G, -1, high - low), v[:, seen]).view(G, -1, stop - start, Dv).permute(2, 0, 1, 3)
         if given.sinks is not None:
-            block = _sink(block, scores.logsumexp(-1, keepdim=True).permute(2, 0, 1, 3), given.sinks)
+            sinks = given.sinks if given.sinks.dim() == 1 else given.sinks[start:stop]
+            block = _sink(block, scores.logsumexp(-1, keepdim=True).permute(2, 0, 1, 3), sinks)
         out[start:stop] = block
     return out.view(m, H, Dv)
 
 
 def _sink(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """One more score a head, which takes its share of the sum and gives no value. `out` [..., G, R, Dv], `lse` [..., G, R, 1]."""
-    return out * torch.sigmoid(lse - sinks.to(lse.dtype).view(*lse.shape[-3:]))
+    """One more score a head, which takes its share of the sum and gives no value. `out` [n, G, R, Dv], `lse` [n, G, R, 1], `sinks`
+    [H] or [n, H]."""
+    return out * torch.sigmoid(lse - sinks.to(lse.dtype).reshape(*sinks.shape[:-1], *lse.shape[-3:]))

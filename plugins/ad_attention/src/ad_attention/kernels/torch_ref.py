@@ -6,6 +6,7 @@ from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ad_attention.kernels import torch_math
 from ad_attention.kernels.distance import distance_buckets as bucket_table
@@ -19,9 +20,9 @@ from ad_core.graph.ops import define_op
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_attention::attention_torch(Tensor query, Tensor key, Tensor value, float scale, int? window, int? chunk, float? softcap, "
-    "Tensor? sinks, Tensor? alibi_slopes, Tensor? rel_bias, Tensor? key_bias, bool append, Tensor(a!) key_pages, "
-    "Tensor(b!) value_pages, Tensor(c!)? key_bias_pages, Tensor page_table, Tensor plan, Tensor records, Tensor rows, Tensor slots, "
-    "Tensor index, Tensor mask, Tensor? distance_buckets) -> Tensor"
+    "Tensor? sinks, Tensor? alibi_slopes, Tensor? rel_bias, Tensor? key_bias, Tensor? distance_bias, Tensor? query_sinks, bool append, "
+    "Tensor(a!) key_pages, Tensor(b!) value_pages, Tensor(c!)? key_bias_pages, Tensor page_table, Tensor plan, Tensor records, "
+    "Tensor rows, Tensor slots, Tensor index, Tensor mask, Tensor? distance_buckets) -> Tensor"
 )
 
 
@@ -111,6 +112,8 @@ def _attention(
     alibi_slopes: torch.Tensor | None,
     rel_bias: torch.Tensor | None,
     key_bias: torch.Tensor | None,
+    distance_bias: torch.Tensor | None,
+    query_sinks: torch.Tensor | None,
     append: bool,
     key_pages: torch.Tensor,
     value_pages: torch.Tensor,
@@ -133,7 +136,10 @@ def _attention(
     tokens, decodes, num_groups, num_prefills, write_start, permuted, *lead = plan.tolist()
     # The fused kernel reads any strides but these, and does not say so.
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
-    given = Modifiers(scale, window, chunk, softcap, sinks, alibi_slopes, rel_bias, distance_buckets)
+    if query_sinks is not None:  # two sinks are one: that of the sum of their exponentials
+        sinks = query_sinks[0] if sinks is None else torch.logaddexp(*(x.to(_wide(x)) for x in (query_sinks[0], sinks)))
+    own = None if distance_bias is None else distance_bias[0]
+    given = Modifiers(scale, window, chunk, softcap, sinks, alibi_slopes, rel_bias, distance_buckets, own)
     pages = Pages((key_pages, value_pages, key_bias_pages), page_table, rows, index)
     if append:
         pages.write((key, value, key_bias), slots, tokens, write_start)
@@ -155,14 +161,15 @@ def _attention(
         stop = start + group.size
         if permuted:
             chosen = rows[0, start:stop]
-            out[0].index_copy_(0, chosen, _decode_group(query[0].index_select(0, chosen), start, group, pages, mask, given))
+            result = _decode_group(query[0].index_select(0, chosen), start, group, pages, mask, given.of(chosen))
+            out[0].index_copy_(0, chosen, result)
         else:
-            out[0, start:stop] = _decode_group(query[0, start:stop], start, group, pages, mask, given)
+            out[0, start:stop] = _decode_group(query[0, start:stop], start, group, pages, mask, given.of(slice(start, stop)))
         start = stop
     for part in prefills:
         new = slice(part.token, part.token + part.size)
         bias = None if key_bias is None else key_bias[0, new]
-        out[0, new] = prefill_chunk(query[0, new], key[0, new], value[0, new], bias, part, pages, given)
+        out[0, new] = prefill_chunk(query[0, new], key[0, new], value[0, new], bias, part, pages, given.of(new))
     if tokens < T:
         out[0, tokens:].zero_()
     return out
@@ -188,11 +195,22 @@ def _decode_group(query: torch.Tensor, start: int, group: Group, pages: Pages, m
         biases.append(key_bias[:, :, None].float())
     if given.alibi_slopes is not None or given.rel_bias is not None:
         distance = torch.arange(length - 1, -1, -1, device=query.device)
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        by_head = head_bias(distance, dtype, given.alibi_slopes, given.rel_bias, given.buckets)
+        by_head = head_bias(distance, _wide(query), given.alibi_slopes, given.rel_bias, given.buckets)
         assert by_head is not None
         biases.append(by_head.view(1, keys.shape[1], -1, length))
+    if given.distance_bias is not None:
+        biases.append(_by_column(given.distance_bias, length).unflatten(1, (keys.shape[1], -1)))
     return torch_math.decode(query, keys, values, biases, given, group.mode)
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _by_column(distance_bias: torch.Tensor, length: int) -> torch.Tensor:
+    """Biases by distance [n, H, E] for the columns of a decode group, of which the last is the query's own: [n, H, L]."""
+    near = distance_bias[..., :length].to(_wide(distance_bias)).flip(-1)
+    return F.pad(near, (length - near.shape[-1], 0))
 
 
 def prefill_chunk(

@@ -34,8 +34,9 @@ def decode_kernel(
     key_pages,
     value_pages,
     key_bias_pages,
-    sinks,  # [H] or None
+    sinks,  # [H], with OWN_SINKS [T, H], or None
     alibi_slopes,
+    rel_bias,
     distance_bias,
     cu_seqlens,  # [B + 1]
     context_lens,  # [B]
@@ -50,6 +51,8 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     DISTANCES: tl.constexpr,
+    EXTENT: tl.constexpr,
+    OWN_SINKS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -78,6 +81,7 @@ def decode_kernel(
     live = (tl.arange(0, BLOCK_M) < PACK) & (member < H // G)
     heads = kv_head * (H // G) + tl.where(live, member, 0)
     positions = tl.where(live, position, -1)
+    own = row.to(tl.int64) * H + heads
     d = tl.arange(0, BLOCK_D)
     dv = tl.arange(0, BLOCK_DV)
     q = tl.load(
@@ -92,7 +96,10 @@ def decode_kernel(
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
         row_sum = tl.zeros([BLOCK_M], tl.float32)
         if S == 1 and sinks is not None:
-            row_max = tl.load(sinks + heads).to(tl.float32) * LOG2E
+            if OWN_SINKS:
+                row_max = tl.load(sinks + own, mask=positions >= 0, other=0.0).to(tl.float32) * LOG2E
+            else:
+                row_max = tl.load(sinks + heads).to(tl.float32) * LOG2E
             row_sum += 1.0
         begin = first + split * split_length
         acc, row_max, row_sum = attend(
@@ -111,13 +118,16 @@ def decode_kernel(
             value_pages,
             key_bias_pages,
             alibi_slopes,
+            rel_bias,
             distance_bias,
+            own,
             scale,
             softcap,
             True,
             WINDOW,
             CHUNK,
             DISTANCES,
+            EXTENT,
             PAGE_SIZE,
             G,
             D,
@@ -147,6 +157,7 @@ def combine_kernel(
     context_lens,
     num_sequences,
     BY_ROW: tl.constexpr,
+    OWN_SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     H: tl.constexpr,
@@ -171,7 +182,10 @@ def combine_kernel(
     lse = tl.load(partial_lse + places, mask=live, other=float("-inf"))
     largest = tl.max(lse, axis=0)
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
+        if OWN_SINKS:
+            sink = tl.load(sinks + row.to(tl.int64) * H + head, mask=position >= 0, other=0.0).to(tl.float32) * LOG2E
+        else:
+            sink = tl.load(sinks + head).to(tl.float32) * LOG2E
         largest = tl.maximum(largest, sink)
     largest = tl.where(largest == float("-inf"), 0.0, largest)
     weights = tl.exp2(lse - largest)

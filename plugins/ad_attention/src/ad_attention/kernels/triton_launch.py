@@ -45,6 +45,8 @@ def attention(
     alibi_slopes: torch.Tensor | None = None,
     rel_bias: torch.Tensor | None = None,
     key_bias: torch.Tensor | None = None,
+    distance_bias: torch.Tensor | None = None,
+    query_sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The body of `ad_attention::attention_triton`; shapes and mutation are told in `triton_paged`."""
     query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
@@ -60,8 +62,12 @@ def attention(
         if rel_bias is not None:
             # Any rule is a table by distance, whose last entry serves everything further away.
             rel_bias = rel_bias.contiguous() if distance_buckets is None else rel_bias.index_select(1, distance_buckets)
+        if query_sinks is not None:  # two sinks are one: that of the sum of their exponentials
+            own = query_sinks[0].contiguous()
+            sinks = own if sinks is None else torch.logaddexp(own.float(), sinks.float())
         inputs = (query, key_pages, value_pages, key_bias_pages)
-        biases = (None if alibi_slopes is None else alibi_slopes.contiguous(), rel_bias)
+        slopes, own_bias = (None if tensor is None else tensor.contiguous() for tensor in (alibi_slopes, distance_bias))
+        biases = (slopes, rel_bias, own_bias)
         lengths = (cu_seqlens, context_lens, page_table)
         strides = (query.stride(1), query.stride(2), page_table.stride(0))
         scales = (scale * LOG2E.value, None if softcap is None else softcap * LOG2E.value)
@@ -70,6 +76,8 @@ def attention(
             "WINDOW": window,
             "CHUNK": chunk,
             "DISTANCES": 0 if rel_bias is None else rel_bias.shape[1],
+            "EXTENT": 0 if distance_bias is None else distance_bias.shape[3],
+            "OWN_SINKS": query_sinks is not None,
             "PAGE_SIZE": key_pages.shape[1],
             "H": H,
             "G": G,
@@ -97,8 +105,9 @@ def attention(
         if splits > 1:
             combine_kernel[(items, H)](
                 output, partial_output, partial_lse, sinks, cu_seqlens, context_lens, B,
-                BY_ROW=by_row, WINDOW=window, CHUNK=chunk, H=H, DV=DV, S=splits, MIN_SPLIT=MIN_SPLIT, BLOCK_N=tiles.block_n,
-                BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=block(DV), num_warps=4, **FP_FUSION,
+                BY_ROW=by_row, OWN_SINKS=query_sinks is not None, WINDOW=window, CHUNK=chunk, H=H, DV=DV, S=splits,
+                MIN_SPLIT=MIN_SPLIT, BLOCK_N=tiles.block_n, BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=block(DV),
+                num_warps=4, **FP_FUSION,
             )  # fmt: skip
         if not by_row:
             tiles = prefill_tiles(D, DV, query.element_size())

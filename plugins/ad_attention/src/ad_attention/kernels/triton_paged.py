@@ -21,7 +21,7 @@ SCHEMA = """ad_attention::attention_triton(
     Tensor cu_seqlens, Tensor context_lens, Tensor page_table, Tensor token_slots,
     Tensor(d!)? partial_output, Tensor(e!)? partial_lse, Tensor? distance_buckets, bool append,
     float scale, int? window=None, int? chunk=None, float? softcap=None, Tensor? sinks=None, Tensor? alibi_slopes=None,
-    Tensor? rel_bias=None, str rel_bias_rule="", Tensor? key_bias=None) -> Tensor"""
+    Tensor? rel_bias=None, str rel_bias_rule="", Tensor? key_bias=None, Tensor? distance_bias=None, Tensor? query_sinks=None) -> Tensor"""
 """The canonical arguments on packed tokens (query [1, T, H, D], key [1, T, G, D], value [1, T, G, DV]), and:
 
 * pools `key_pages` [pages, page_size, G, D], `value_pages` [..., G, DV], `key_bias_pages` [..., G]: written at `token_slots` if

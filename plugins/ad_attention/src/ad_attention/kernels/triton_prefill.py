@@ -20,8 +20,9 @@ def prefill_kernel(
     key_pages,
     value_pages,
     key_bias_pages,
-    sinks,  # [H] or None
+    sinks,  # [H], with OWN_SINKS [T, H], or None
     alibi_slopes,
+    rel_bias,
     distance_bias,
     cu_seqlens,  # [B + 1]
     context_lens,  # [B]
@@ -36,6 +37,8 @@ def prefill_kernel(
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     DISTANCES: tl.constexpr,
+    EXTENT: tl.constexpr,
+    OWN_SINKS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     H: tl.constexpr,
     G: tl.constexpr,
@@ -80,6 +83,7 @@ def prefill_kernel(
     live = head_live & (tokens < length)
     positions = tl.where(live, context + tokens, -1)
     rows = (origin + tokens).to(tl.int64)
+    own = rows * H + heads
     q = tl.load(
         query + (rows * query_stride_t + heads * query_stride_h)[:, None] + d[None, :],
         mask=live[:, None] & (d < D)[None, :],
@@ -88,7 +92,10 @@ def prefill_kernel(
     page_row = page_table + sequence.to(tl.int64) * page_stride
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     if sinks is not None:
-        row_max = tl.load(sinks + heads).to(tl.float32) * LOG2E
+        if OWN_SINKS:
+            row_max = tl.load(sinks + own, mask=live, other=0.0).to(tl.float32) * LOG2E
+        else:
+            row_max = tl.load(sinks + heads).to(tl.float32) * LOG2E
         row_sum = tl.full([BLOCK_M], 1.0, tl.float32)
     else:
         row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -127,13 +134,16 @@ def prefill_kernel(
                 value_pages,
                 key_bias_pages,
                 alibi_slopes,
+                rel_bias,
                 distance_bias,
+                own,
                 scale,
                 softcap,
                 REGION != 1,
                 WINDOW,
                 CHUNK,
                 DISTANCES,
+                EXTENT,
                 PAGE_SIZE,
                 G,
                 D,

@@ -28,13 +28,16 @@ def attend(
     value_pages,  # [pages, PAGE_SIZE, G, DV]
     key_bias_pages,  # [pages, PAGE_SIZE, G] or None
     alibi_slopes,  # [H] or None
-    distance_bias,  # [H, DISTANCES] or None: bias by distance, the last entry for all further ones
+    rel_bias,  # [H, DISTANCES] or None: bias by distance, the last entry for all further ones
+    distance_bias,  # [T, H, EXTENT] or None: the query's own bias by distance, none further away
+    own,  # [M] int64: the row's place in [T, H], valid where it is no padding
     scale,  # in log2 units
     softcap,  # in log2 units, or None
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
     DISTANCES: tl.constexpr,
+    EXTENT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
@@ -66,9 +69,13 @@ def attend(
         if alibi_slopes is not None:
             slopes = tl.load(alibi_slopes + heads).to(tl.float32) * LOG2E
             scores += slopes[:, None] * (n[None, :] - positions[:, None]).to(tl.float32)
-        if distance_bias is not None:
+        if rel_bias is not None:
             distances = tl.minimum(tl.maximum(positions[:, None] - n[None, :], 0), DISTANCES - 1)
-            scores += tl.load(distance_bias + heads[:, None] * DISTANCES + distances).to(tl.float32) * LOG2E
+            scores += tl.load(rel_bias + heads[:, None] * DISTANCES + distances).to(tl.float32) * LOG2E
+        if distance_bias is not None:
+            back = positions[:, None] - n[None, :]
+            near = (back >= 0) & (back < EXTENT)
+            scores += tl.load(distance_bias + own[:, None] * EXTENT + back, mask=near, other=0.0).to(tl.float32) * LOG2E
         if key_bias_pages is not None:
             key_bias = load_tile(key_bias_pages + entries, there, MASKED)
             scores += key_bias.to(tl.float32)[None, :] * LOG2E

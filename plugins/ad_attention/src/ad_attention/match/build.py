@@ -58,6 +58,11 @@ def tokens(end: Node, layout: Layout, dtype: torch.dtype) -> Node:
     return node
 
 
+def columns(end: Node, column: Node) -> Node:
+    """[B, S, H] of a column [B, H, S, 1], made before `end`."""
+    return _view(end, aten.permute.default, _view(end, aten.squeeze.dims, column, [3]), [0, 2, 1])
+
+
 def from_tokens(result: Node, layout: Layout) -> Node:
     """The op's result, [B, S, H, D], in the dimensions and the dtype of `layout`, before whose node it is made."""
     node, end = result, layout.node

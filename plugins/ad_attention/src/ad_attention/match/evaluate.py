@@ -211,13 +211,13 @@ def attribute(graph: GraphModule, node: Node) -> Any:
     return value
 
 
-def cone(node: Node) -> set[Node]:
-    """The nodes whose values `node` follows from, itself among them: shape-only arguments and sizes are not followed."""
+def cone(node: Node, without: Node | None = None) -> set[Node]:
+    """The nodes whose values `node` follows from, itself among them: shape-only arguments and sizes are not followed, nor is `without`."""
     found: set[Node] = set()
     stack = [node]
     while stack:
         top = stack.pop()
-        if top in found:
+        if top in found or top is without:
             continue
         found.add(top)
         if not _is_size(top):

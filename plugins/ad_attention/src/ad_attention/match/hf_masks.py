@@ -25,18 +25,22 @@ class MaskDescription:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         """A part of the mask as a tensor [1, 1, S, S] bool, true where a key is seen."""
-        import torch
-
         if self.problem is not None or self._at is None:
             raise TypeError(f"the model takes a part of its attention mask, {_WHY} ({self.problem})")
-        keys = torch.arange(self._at[0], device=self._at[1])
+        return self.seen(*self._at)[None, None][index]
+
+    def seen(self, length: Any, device: Any) -> torch.Tensor:
+        """The mask as a tensor [S, S] bool."""
+        import torch
+
+        keys = torch.arange(length, device=device)
         queries = keys[:, None]
         seen = keys <= queries
         if self.window is not None:
             seen = seen & (keys > queries - self.window)
         if self.chunk is not None:
             seen = seen & (keys // self.chunk == queries // self.chunk)
-        return seen[None, None][index]
+        return seen
 
     def to(self, *args: Any, **kwargs: Any) -> MaskDescription:
         """Itself: a description has no device and no dtype."""

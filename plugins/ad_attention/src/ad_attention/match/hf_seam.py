@@ -10,6 +10,7 @@ from types import CodeType, FunctionType, NoneType
 from typing import TYPE_CHECKING, Any
 
 from ad_attention.match.hf_masks import MaskDescription, describe_mask
+from ad_attention.match.written_out import written_out
 from ad_core.api import Declined, Seam
 from ad_core.api.errors import CaptureError
 
@@ -156,18 +157,27 @@ def _attention_function(module: nn.Module, entered: Callable[[str], None]) -> Ca
         sinks: torch.Tensor | None = None,
         is_causal: bool | None = None,
         indices: torch.Tensor | None = None,
+        position_bias: torch.Tensor | None = None,
         **others: Any,
     ) -> tuple[torch.Tensor, None]:
         """query [B, H, S, D], key [B, G, S, D], value [B, G, S, Dv], after rope -> [B, S, H, Dv]."""
         where = f"{paths.get(id(part), '?')} ({type(part).__name__})"
         sinks = s_aux if s_aux is not None else sinks
-        mask = _checked(where, query, key, value, attention_mask, scaling, sliding_window, is_causal, sinks, others)
+        causal = getattr(part, "is_causal", True) if is_causal is None else is_causal
+        if attention_mask is None and not causal and not sliding_window:
+            mask = None  # all keys: of one token, or its tokens mix in the graph
+            _check_operands(where, query, key, value, scaling, sinks, others)
+        else:
+            mask = _checked(where, query, key, value, attention_mask, scaling, sliding_window, is_causal, sinks, others)
         scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+        own_sinks = sinks is not None and sinks.dim() > 1
         if indices is not None:
-            if mask.window or mask.chunk or softcap:
-                raise _refusal(where, "it chooses its keys and has a window, chunks or a soft-cap besides")
+            if mask is None or mask.window or mask.chunk or softcap or own_sinks or position_bias is not None:
+                raise _refusal(where, "it chooses its keys and has a window, chunks, a soft-cap or a bias besides")
             entered(SELECTED)
             return find_op(SELECTED)(*(x.transpose(1, 2) for x in (query, key, value)), indices, scale=scale, sinks=sinks), None
+        if mask is None or own_sinks or position_bias is not None:  # no constants say what this is
+            return written_out(query, key, value, mask, scale, softcap, position_bias, sinks), None
         entered(OP)
         result = op(
             query.transpose(1, 2),
@@ -218,17 +228,45 @@ def _checked(
         raise refuse("it is called with is_causal=False")
     if sliding_window and sliding_window != mask.window:
         raise refuse(f"its sliding_window is {sliding_window} and its mask's window is {mask.window}")
-    if not isinstance(scaling, (int, float, NoneType)):
-        raise refuse(f"its scaling is a {type(scaling).__name__} and not a number")
     if mask.window and mask.chunk:
         raise refuse(f"its mask has a window ({mask.window}) and chunks ({mask.chunk})")
-    if not statically_known_true(query.shape[2] == key.shape[2]) or not statically_known_true(key.shape[2] == value.shape[2]):
+    if not statically_known_true(query.shape[2] == key.shape[2]):
         raise refuse(f"queries and keys are of different length ({query.shape[2]}, {key.shape[2]}), as in cross-attention")
+    _check_operands(where, query, key, value, scaling, sinks, others)
+    return mask
+
+
+def _check_operands(
+    where: str,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: Any,
+    sinks: torch.Tensor | None,
+    others: Mapping[str, Any],
+) -> None:
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    refuse = partial(_refusal, where)
+
+    if not isinstance(scaling, (int, float, NoneType)):
+        raise refuse(f"its scaling is a {type(scaling).__name__} and not a number")
+    if not statically_known_true(key.shape[2] == value.shape[2]):
+        raise refuse(f"keys and values are of different length ({key.shape[2]}, {value.shape[2]})")
     if query.shape[1] % key.shape[1] or key.shape[1] != value.shape[1]:
         raise refuse(f"{query.shape[1]} query heads over {key.shape[1]} key heads and {value.shape[1]} value heads")
-    if sinks is not None and tuple(sinks.shape) != (query.shape[1],):
-        raise refuse(f"its sinks have the shape {tuple(sinks.shape)} and not one value a head")
+    if sinks is not None and not _is_sinks(sinks, query):
+        raise refuse(f"its sinks have the shape {tuple(sinks.shape)} and not one value a head, nor one a head and query")
     unknown = sorted(name for name, argument in others.items() if name not in HARMLESS and argument is not None and argument is not False)
     if unknown:
         raise refuse(f"it passes {', '.join(unknown)} to its attention, which may change the result")
-    return mask
+
+
+def _is_sinks(sinks: torch.Tensor, query: torch.Tensor) -> bool:
+    """Whether these are one value a head, [H], or one a head and query, [B, H, S, 1]."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    if sinks.dim() == 1:
+        return bool(sinks.shape[0] == query.shape[1])
+    wanted = (*query.shape[:3], 1)
+    return sinks.dim() == 4 and all(statically_known_true(size == other) for size, other in zip(sinks.shape, wanted, strict=True))

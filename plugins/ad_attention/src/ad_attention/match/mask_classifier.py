@@ -75,7 +75,7 @@ class Classifier:
                 *(torch.finfo(dtype).eps for dtype in map(dtype_of, nodes) if dtype is not None and dtype.is_floating_point),
             ]
         )
-        integers, buffers = _integers(nodes, self.graph), _buffers(nodes, self.graph)
+        integers, buffers = integers_of(nodes, self.graph), _buffers(nodes, self.graph)
         small = [integer for integer in integers if integer <= LARGEST_INTEGER]
         lengths = {7, 40, 2 * max(small, default=1) + 3, *(2 * bound + 3 for bound in buffers.values())}
         if buffers:  # the model goes no farther than its buffers do
@@ -137,7 +137,7 @@ FILLED = {
 COMPARED = frozenset(getattr(aten, name).Scalar for name in ("lt", "le", "gt", "ge", "eq", "ne"))
 
 
-def _integers(nodes: Iterable[Node], graph: GraphModule) -> list[int]:
+def integers_of(nodes: Iterable[Node], graph: GraphModule) -> list[int]:
     """The constants that the nodes compute positions with, without their signs."""
     found: set[int] = set()
 

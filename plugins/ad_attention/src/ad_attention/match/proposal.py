@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ad_attention.match import build
 from ad_attention.match.axes import Layout, best, layouts_above, layouts_below
+from ad_attention.match.distance_bias import DistanceBias
 from ad_attention.match.evaluate import Sizes, Unknown
 from ad_attention.match.mask_classifier import MaskKind
 from ad_core.api import Declined, Proposal
@@ -34,8 +35,9 @@ def propose(
     mask: MaskKind,
     sinks: Node | None,
     sizes: Sizes,
+    bias: DistanceBias | None = None,
 ) -> Proposal:
-    """The proposal for one attention. Raises `Unknown` if its operands cannot be brought to [B, S, H, D]."""
+    """The proposal for one attention; `sinks` are [H] or [B, H, S, 1]. Raises `Unknown` if an operand cannot be brought to [B, S, H, D]."""
     query_tokens = best(layouts_above(query, sizes, repeats=False))
     key_tokens, value_tokens = _same_heads(list(layouts_above(key, sizes, repeats=True)), list(layouts_above(value, sizes, repeats=True)))
     if query_tokens is None:
@@ -47,6 +49,7 @@ def propose(
     end = next((at for at, layout in enumerate(followed) if layout.permutation() == [0, 1, 2, 3] == list(range(len(layout.groups)))), None)
     target = followed[end or 0]
     dtype = value_tokens.node.meta["val"].dtype
+    columns = sinks if sinks is not None and sinks.meta["val"].dim() > 1 else None
 
     def prepare(graph: GraphModule) -> Mapping[str, Any]:
         arguments: dict[str, Any] = {
@@ -55,13 +58,18 @@ def propose(
         }
         if mask.slopes is not None:
             arguments["alibi_slopes"] = build.constant(graph, target.node, "alibi_slopes", mask.slopes.expand(heads).clone())
+        if bias is not None:
+            arguments["distance_bias"] = bias.tokens(target.node, sizes)
+        if columns is not None:
+            arguments["query_sinks"] = build.columns(target.node, columns)
         return arguments
 
     def rewrite(graph: GraphModule, result: Node) -> Node:
         return build.from_tokens(result, target)
 
     ready = end is not None and target.node.meta["val"].dtype == dtype
-    constants = {"scale": scale, "window": mask.window, "chunk": mask.chunk, "softcap": softcap, "sinks": sinks}
+    vector = sinks if columns is None else None
+    constants = {"scale": scale, "window": mask.window, "chunk": mask.chunk, "softcap": softcap, "sinks": vector}
     return Proposal(
         output=target.node,
         nodes=frozenset(nodes) | {layout.node for layout in followed[: (end or 0) + 1]},

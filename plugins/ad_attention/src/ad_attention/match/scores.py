@@ -23,7 +23,7 @@ DIVIDE = frozenset({aten.div.Tensor, aten.div.Scalar, aten.div_.Tensor, aten.div
 class Chain:
     """One attention: scores = query by key, `middle` (between the product and the softmax), softmax, `after`, weights by value.
 
-    `sinks` is the vector [H] of which a column was appended to the scores.
+    `sinks` is what was appended to the scores as a column: a vector [H], or of each query its own, [B, H, S, 1].
     """
 
     scores: ScoresProduct
@@ -36,6 +36,10 @@ class Chain:
     @property
     def nodes(self) -> frozenset[Node]:
         return frozenset((self.scores.product.node, *self.middle, self.softmax, *self.after, self.output.product.node))
+
+    @property
+    def has_query_sinks(self) -> bool:
+        return self.sinks is not None and self.sinks.meta["val"].dim() > 1
 
     @property
     def weights(self) -> Node:
@@ -181,7 +185,7 @@ def _value_below(softmax: Node, sizes: Sizes) -> tuple[tuple[Node, ...], OutputP
 
 
 def _sinks(middle: tuple[Node, ...], scores: ScoresProduct, sizes: Sizes) -> Node:
-    """The vector [H] whose column was appended to the scores."""
+    """The vector [H] whose column was appended to the scores, or a column that holds more."""
     columns = [node for node in middle if node.target is aten.cat.default]
     if len(columns) != 1 or len(columns[0].args[0]) != 2:  # type: ignore[arg-type]
         raise Unknown("its scores have a column more than there are keys, and no single concatenation made it")
@@ -195,7 +199,9 @@ def _sinks(middle: tuple[Node, ...], scores: ScoresProduct, sizes: Sizes) -> Nod
         if node.op != "call_function" or node.target not in _COLUMN:
             break
         node = node.args[0]
-    raise Unknown(f"the column {column} that is appended to its scores is not one value a head")
+    if isinstance(column, Node) and sizes.shape(column, BATCH, LENGTH) == (BATCH, heads, LENGTH, 1):
+        return column
+    raise Unknown(f"the column {column} that is appended to its scores is not one value a head, nor one a head and query")
 
 
 _COLUMN = frozenset(
