@@ -137,5 +137,6 @@ class InsertCaches(Pass):
                         unit_bytes=resource_bytes(resource),
                         window=resource.window if isinstance(resource, PagedTokens) else None,
                         shared_by=sharers,
+                        every=resource.every if isinstance(resource, PagedTokens) else 1,
                     )
                 )
