@@ -1,7 +1,8 @@
-"""How recurrences by channel are found: two seams of transformers, and one pattern in the graph."""
+"""How recurrences by channel are found: three seams of transformers, and one pattern in the graph."""
 
+from ad_rnn.match.ngrams import NGramEmbeddingSeam
 from ad_rnn.match.pad_shift import PadShift
 from ad_rnn.match.rg_lru import RgLruScan
 from ad_rnn.match.rwkv import WkvFunction
 
-__all__ = ["PadShift", "RgLruScan", "WkvFunction"]
+__all__ = ["NGramEmbeddingSeam", "PadShift", "RgLruScan", "WkvFunction"]
