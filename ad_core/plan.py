@@ -45,7 +45,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class ResourceEntry:
-    """Memory that one claim keeps: `kind` is "pages" or "slots"; `unit_bytes` a token's or a sequence's share."""
+    """Memory that one claim keeps: `kind` is "pages" or "slots"; `unit_bytes` an entry's or a sequence's share, `every` the tokens that an
+    entry stands for."""
 
     name: str
     node: str
@@ -55,6 +56,7 @@ class ResourceEntry:
     unit_bytes: int
     window: int | None = None
     shared_by: tuple[str, ...] = ()
+    every: int = 1
 
 
 @dataclass(frozen=True)

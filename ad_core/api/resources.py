@@ -14,11 +14,19 @@ class PagedTokens:
     """Memory that grows by token: a pool `[num_pages, page_size, *per_token]`.
 
     `window`: tokens further back than this are never read again, so their pages may be freed. None reads all.
+
+    `every`: one entry stands for so many tokens, for a mixer that sums them up. The pool is `[num_pages, entries(page_size), *per_token]`,
+    and the entry of tokens w * every to (w + 1) * every - 1 lies in the page of the last of them, at its offset // every.
     """
 
     per_token: tuple[int, ...]
     dtype: torch.dtype
     window: int | None = None
+    every: int = 1
+
+    def entries(self, page_size: int) -> int:
+        """Entries of one page."""
+        return -(-page_size // self.every)
 
 
 @dataclass(frozen=True)

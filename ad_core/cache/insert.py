@@ -93,7 +93,10 @@ class InsertCaches(Pass):
         args, kwargs = bind_by_name(
             op,
             call=bound_arguments(node),
-            resources={name: inputs.pool(site.owner, name, resource, group) for name, resource in site.resources.items()},
+            resources={
+                name: inputs.pool(site.owner, name, resource, group if isinstance(resource, PagedTokens) else SLOTS)
+                for name, resource in site.resources.items()
+            },
             buffers=inputs.buffers(kernel, site.call, group),
             append=site.owner is node,
             field=lambda name: inputs.field(name, max(group, 0)),
@@ -134,5 +137,6 @@ class InsertCaches(Pass):
                         unit_bytes=resource_bytes(resource),
                         window=resource.window if isinstance(resource, PagedTokens) else None,
                         shared_by=sharers,
+                        every=resource.every if isinstance(resource, PagedTokens) else 1,
                     )
                 )

@@ -75,8 +75,8 @@ class CacheLayout:
         """The layout in bytes, for the page manager."""
         groups = []
         for index, window in enumerate(self.windows):
-            per_token = sum(resource_bytes(pool.resource) for pool in self.pools if pool.group == index)
-            groups.append(PageGroupSpec(window, per_token * self.limits.page_size))
+            paged = [pool.resource for pool in self.pools if pool.group == index and isinstance(pool.resource, PagedTokens)]
+            groups.append(PageGroupSpec(window, sum(resource_bytes(each) * each.entries(self.limits.page_size) for each in paged)))
         slots = [pool.resource for pool in self.pools if isinstance(pool.resource, SlotState)]
         return CacheSpec(
             page_size=self.limits.page_size,
@@ -87,7 +87,7 @@ class CacheLayout:
 
 
 def resource_bytes(resource: Resource) -> int:
-    """Bytes of one token's entry, or of one slot."""
+    """Bytes of one entry of a page, or of one slot."""
     shape = resource.per_token if isinstance(resource, PagedTokens) else resource.shape
     count = 1
     for extent in shape:

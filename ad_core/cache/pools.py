@@ -22,7 +22,7 @@ class Pools:
         for pool in layout.pools:
             resource = pool.resource
             if isinstance(resource, PagedTokens):
-                shape = (num_pages[pool.group], page_size, *resource.per_token)
+                shape = (num_pages[pool.group], resource.entries(page_size), *resource.per_token)
             else:
                 shape = (num_slots, *resource.shape)
             self.tensors[pool.name] = torch.empty(shape, dtype=resource.dtype, device=device).zero_()

@@ -146,7 +146,7 @@ def bytes_per_token(plan: Plan, length: int) -> int:
     cache = 0
     for entry in plan.resources:
         tokens = 1 if entry.kind == "slots" else length if entry.window is None else min(length, entry.window)
-        cache += tokens * entry.unit_bytes * (1 + len(entry.shared_by))
+        cache += tokens // entry.every * entry.unit_bytes * (1 + len(entry.shared_by))
     return plan.memory["weights"] + cache
 
 

@@ -98,7 +98,7 @@ def headline(plan: Plan) -> str:
 
 def cache_bytes(plan: Plan, kind: str) -> int:
     """What all mixers together keep a token ("pages") or a sequence ("slots")."""
-    return sum(entry.unit_bytes for entry in plan.resources if entry.kind == kind)
+    return sum(entry.unit_bytes // entry.every for entry in plan.resources if entry.kind == kind)
 
 
 def pass_notes(entry: PassEntry) -> list[str]:

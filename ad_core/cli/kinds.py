@@ -43,10 +43,10 @@ class Kind:
             return [f"nothing of its own: reads what {self.shares} keeps"]
         lines = []
         for entry in self.kept:
-            unit = "token" if entry.kind == "pages" else "sequence"
+            unit = "a sequence" if entry.kind == "slots" else "a token" if entry.every == 1 else f"every {entry.every} tokens"
             window = "" if entry.window is None else f", of the last {entry.window} tokens"
             shape = ", ".join(map(str, entry.shape))
-            lines.append(f"{entry.name} [{shape}] {entry.dtype}, {megabytes(entry.unit_bytes)} a {unit}{window}")
+            lines.append(f"{entry.name} [{shape}] {entry.dtype}, {megabytes(entry.unit_bytes)} {unit}{window}")
         return lines or ["nothing"]
 
 

@@ -55,8 +55,8 @@ class Bound:
     arguments: dict[str, Any]
     rows: dict[int, slice]
     """Packed tokens of each sequence."""
-    token_slots: set[int]
-    state_slots: set[int]
+    entries: dict[str, set[int]]
+    """Rows of each pool: entries of pages, counted over all pages, or slots."""
     num_tokens: int
 
 
@@ -98,7 +98,9 @@ class Harness:
         self.pools = {
             name: poison_(
                 torch.empty(
-                    (num_pages, page_size, *resource.per_token) if isinstance(resource, PagedTokens) else (num_slots, *resource.shape),
+                    (num_pages, resource.entries(page_size), *resource.per_token)
+                    if isinstance(resource, PagedTokens)
+                    else (num_slots, *resource.shape),
                     dtype=resource.dtype,
                     device=self.device,
                 )
@@ -145,8 +147,7 @@ class Harness:
         return Bound(
             bind_arguments(self.op, call, fields, self.pools, self.buffers, append),
             bounds,
-            set(batch.host_field("token_slots").tolist()),
-            set(batch.host_field("state_slots").tolist()),
+            {name: self._entries(batch, resource) for name, resource in self.resources.items()},
             start,
         )
 
@@ -182,6 +183,17 @@ class Harness:
         extra = {"positions": pad_tokens, "token_slots": pad_tokens, "output_rows": 0}.get(name, pad_sequences)
         tail = value[-1:] if name == "cu_seqlens" else torch.zeros_like(value[:1])
         return torch.cat([value, *[tail] * extra]) if extra else value.clone()
+
+    def _entries(self, batch: Batch, resource: Resource) -> set[int]:
+        """Rows of the resource's pool that belong to the step."""
+        if not isinstance(resource, PagedTokens):
+            return set(batch.host_field("state_slots").tolist())
+        size, tokens = self.limits.page_size, zip(*(batch.host_field(name).tolist() for name in ("token_slots", "positions")), strict=True)
+        return {
+            slot // size * resource.entries(size) + slot % size // resource.every
+            for slot, position in tokens
+            if (position + 1) % resource.every == 0
+        }
 
     def _give_pages(self, sequence: Running, tokens: int) -> None:
         if self.windows:

@@ -10,7 +10,7 @@ import torch
 from ad_core.api import Declined, PagedTokens, Role
 from ad_core.testing.calls import invoke
 from ad_core.testing.cases import in_float64
-from ad_core.testing.harness import Harness, Layout
+from ad_core.testing.harness import Bound, Harness, Layout
 from ad_core.testing.op_checks import agree
 from ad_core.testing.poison import changed_rows, poisoned_empty, same_bits
 from ad_core.testing.subject import Subject, dtype_of
@@ -144,7 +144,7 @@ def padding(subject: Subject) -> None:
                 subject.equal(
                     int(result[0, bound.num_tokens :].count_nonzero()), 0, f"values other than zero in padded rows, padding {pads}"
                 )
-            _only_own_rows(subject, harness, before, bound.token_slots, bound.state_slots)
+            _only_own_rows(subject, harness, before, bound)
             for index, count in work:
                 part = slice(starts[index], starts[index] + count)
                 rows = tuple(result[0, bound.rows[index]] for result in results)
@@ -168,7 +168,7 @@ def mutation(subject: Subject) -> None:
                 subject.equal(same_bits(value, tensors[name]), True, f"{name} is as it was")
         subject.equal({name: pool.data_ptr() for name, pool in harness.pools.items()}, addresses, "addresses of the pools")
         before = {name: tensors[name] for name in harness.pools if name in tensors}
-        _only_own_rows(subject, harness, before, bound.token_slots, bound.state_slots)
+        _only_own_rows(subject, harness, before, bound)
         if "append" in bound.arguments and any(isinstance(resource, PagedTokens) for resource in harness.resources.values()):
             again = harness.bind(work, append=False)
             pools = {name: pool.clone() for name, pool in harness.pools.items()}
@@ -235,18 +235,16 @@ def random_steps(dice: random.Random, sequences: int, length: int) -> Steps:
     return steps
 
 
-def _only_own_rows(
-    subject: Subject, harness: Harness, before: dict[str, torch.Tensor], token_slots: set[int], state_slots: set[int]
-) -> None:
-    """Since `before`, only the given entries, and null pages and slots, have changed."""
+def _only_own_rows(subject: Subject, harness: Harness, before: dict[str, torch.Tensor], bound: Bound) -> None:
+    """Since `before`, only the entries of the step, and null pages and slots, have changed."""
     for name, old in before.items():
         if isinstance(harness.resources[name], PagedTokens):
-            pool, allowed = harness.pools[name].flatten(0, 1), token_slots | set(range(harness.limits.page_size))
-            changed = changed_rows(old.flatten(0, 1), pool)
+            null = set(range(old.shape[1]))
+            changed = changed_rows(old.flatten(0, 1), harness.pools[name].flatten(0, 1))
         else:
-            allowed = state_slots | {0}
+            null = {0}
             changed = changed_rows(old, harness.pools[name])
-        subject.equal(sorted(changed - allowed), [], f"entries of {name} that are not the step's and changed")
+        subject.equal(sorted(changed - bound.entries[name] - null), [], f"entries of {name} that are not the step's and changed")
 
 
 KERNEL_CHECKS: dict[str, Callable[[Subject], None]] = {

@@ -104,8 +104,9 @@ def entry(kind: str, unit: int, **more) -> ResourceEntry:
         ([entry("pages", 3, window=90)], 1000 + 50 * 3),
         ([entry("slots", 7)], 1000 + 7),
         ([entry("pages", 3, shared_by=("a", "b"))], 1000 + 3 * 50 * 3),
+        ([entry("pages", 3, every=4)], 1000 + 12 * 3),
     ],
-    ids=["weights", "pages", "window", "wide window", "slots", "shared"],
+    ids=["weights", "pages", "window", "wide window", "slots", "shared", "entries of four tokens"],
 )
 def test_a_token_reads_weights_once_and_what_each_node_looks_back_on(entries, expected):
     assert module.bytes_per_token(plan(*entries), 50) == expected

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ad_core.cli.explain import print_plan
+from ad_core.cli.explain import cache_bytes, print_plan
 from ad_core.cli.kinds import kinds, layers, places
 from ad_core.cli.picture import picture
 from ad_core.plan import Attempt, Claim, Decision, PassEntry, Plan, ResourceEntry
@@ -45,6 +45,12 @@ def test_claims_that_are_alike_are_one_kind(plan):
         ("Attend", 1, ["keys [2, 8] float32, 64 B a token, of the last 16 tokens"]),
         ("Attend", 1, ["nothing of its own: reads what model.layers.*.attention keeps"]),
     ]
+
+
+def test_an_entry_of_several_tokens_says_so_and_counts_its_share(plan):
+    plan.resources[-1] = ResourceEntry("sums", "attend_2", "pages", (2, 8), "float32", 64, every=4)
+    assert kinds(plan)[2].keeps == ["sums [2, 8] float32, 64 B every 4 tokens"]
+    assert cache_bytes(plan, "pages") == 16
 
 
 def test_layers_hold_their_kinds_in_the_order_of_the_graph(plan):

@@ -35,7 +35,7 @@ def red(function, fake=like):
 
 
 def red_op(function, fake=like):
-    op = define_op(f"mutant::op_{next(NUMBERS)}{LOOKUP}", function, fake)
+    op = define_op(f"mutant::lookup_op_{next(NUMBERS)}{LOOKUP}", function, fake)
     return run_checks(type("Mutant", (Lookup,), {"op": op, "kernels": ()})(), LOOKUP_CASES).red
 
 

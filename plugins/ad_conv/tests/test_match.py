@@ -47,10 +47,12 @@ SPELLINGS = {
     "zeros in front": (depthwise(0, bias=False), lambda x, conv: conv(torch.cat([x.new_zeros(x.shape[0], C, K - 1), x], -1)).sigmoid()),
     "functional": (depthwise(0), lambda x, conv: F.conv1d(x, conv.weight, conv.bias, padding=K - 1, groups=C)[:, :, : x.shape[-1]]),
     "two taps": (depthwise(1, width=2), lambda x, conv: conv(x)[..., :-1]),
+    "dilated": (nn.Conv1d(C, C, 3, dilation=4, groups=C), lambda x, conv: F.silu(conv(F.pad(x, (8, 0))))),
+    "dilated and cut": (nn.Conv1d(C, C, K, dilation=3, padding=9, groups=C), lambda x, conv: conv(x)[..., : x.shape[-1]]),
 }
 
 
-FAST = ("cut and silu", "padded")
+FAST = ("cut and silu", "padded", "dilated")
 
 
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in SPELLINGS])
@@ -74,7 +76,7 @@ REFUSED = {
     "padded on the right": (depthwise(0), lambda x, conv: conv(F.pad(x, (0, K - 1))), "causal"),
     "padded with ones": (depthwise(0), lambda x, conv: conv(F.pad(x, (K - 1, 0), value=1.0)), "causal"),
     "mixes channels": (nn.Conv1d(C, C, K), lambda x, conv: conv(F.pad(x, (K - 1, 0))), "mixes channels"),
-    "dilated": (nn.Conv1d(C, C, 2, dilation=3, groups=C), lambda x, conv: conv(F.pad(x, (3, 0))), "dilation"),
+    "dilated and looks ahead": (nn.Conv1d(C, C, 2, dilation=3, groups=C), lambda x, conv: conv(F.pad(x, (1, 2))), "kernel of 4"),
 }
 
 

@@ -15,11 +15,12 @@ INFO = PluginInfo(name="attention", api=(1, 0), op_namespaces=("ad_attention",),
 
 @hookimpl
 def ad_mixers() -> Sequence[Mixer]:
+    from ad_attention.compressed.mixer import Compress, Compressed
     from ad_attention.latent.mixer import LatentAttention
     from ad_attention.mixer import Attention
     from ad_attention.sparse.mixer import Select, Selected
 
-    return [Attention(), LatentAttention(), Select(), Selected()]
+    return [Attention(), LatentAttention(), Select(), Selected(), Compress(), Compressed()]
 
 
 @hookimpl

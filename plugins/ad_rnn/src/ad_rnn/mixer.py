@@ -11,7 +11,7 @@ from ad_rnn.cache import rg_lru_state, token_shift_state, wkv4_state
 from ad_rnn.kernels.torch_ref import TorchRgLru, TorchWkv4
 from ad_rnn.kernels.torch_shift import TorchTokenShift
 from ad_rnn.kernels.triton_slots import TritonRgLru, TritonTokenShift, TritonWkv4
-from ad_rnn.match import DynamicConvolution, PadShift, RgLruScan, WkvFunction
+from ad_rnn.match import DynamicConvolution, NGramEmbeddingSeam, PadShift, RgLruScan, WkvFunction
 from ad_rnn.shard import RG_LRU_CHANNELS, TOKEN_SHIFT_CHANNELS, WKV4_CHANNELS
 
 
@@ -37,7 +37,7 @@ class TokenShift(Mixer):
     name = "rnn.token_shift"
     op = token_shift.token_shift
     roles = token_shift.ROLES
-    matchers = (PadShift(), DynamicConvolution())
+    matchers = (PadShift(), DynamicConvolution(), NGramEmbeddingSeam())
     kernels = (TorchTokenShift(), TritonTokenShift())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:

@@ -75,8 +75,8 @@ def mla_reference(
 
 
 def chosen_keys(selected: torch.Tensor, length: int) -> torch.Tensor:
-    """[B, n, length] bool of positions [B, n, K]: which are listed. Negative ones are nobody."""
-    places = torch.where(selected < 0, length, selected)
+    """[B, n, length] bool of positions [B, n, K]: which are listed. Those that do not exist are nobody."""
+    places = torch.where((selected < 0) | (selected >= length), length, selected)
     chosen = torch.zeros(*selected.shape[:2], length + 1, dtype=torch.bool, device=selected.device)
     return chosen.scatter_(-1, places, True)[..., :length]
 

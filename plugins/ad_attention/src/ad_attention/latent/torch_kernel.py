@@ -14,6 +14,7 @@ from collections.abc import Hashable, Mapping
 import torch
 
 from ad_attention.kernels.row_plan import GROUP_ROWS, RowPlan, plan_rows, row_buffers
+from ad_attention.kernels.sinks import softmax_with_sinks
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
 
@@ -73,7 +74,7 @@ def _mla(
     entries = torch.cat([latent[0], k_rope[0]], -1)
     if append:
         step.write(latent_pages, entries)
-    pool, page_size = latent_pages.flatten(0, 1), latent_pages.shape[1]
+    pool = latent_pages.flatten(0, 1)
     dtype = torch.promote_types(q_nope.dtype, torch.float32)
     out = q_nope.new_empty(1, q_nope.shape[1], heads, up.value.shape[1])
     if selected is not None:
@@ -83,20 +84,20 @@ def _mla(
             wanted, last = selected[0, part], positions[part, None]
             lowest = torch.zeros_like(last) if window is None else (last - window + 1).clamp_(min=0)
             hidden = (wanted < lowest) | (wanted > last)
-            found = step.slots_at(torch.minimum(wanted.clamp(min=0), last).maximum(lowest), rows[part], page_table, page_size)
+            found = step.slots_at(torch.minimum(wanted.clamp(min=0), last).maximum(lowest), rows[part], page_table)
             keys = pool.index_select(0, found.flatten()).view(*found.shape, -1).to(dtype)
             query = up.absorb(q_nope[0, part], q_rope[0, part], scale, dtype)
             out[0, part] = up.project(_attend(query, keys, hidden, sinks, latent.shape[2]))
     else:
         for group in step.groups:
             part = slice(group.start, group.start + group.size)
-            found = step.group_slots(group, page_table, page_size)
+            found = step.group_slots(group, page_table)
             keys = pool.index_select(0, found).view(group.size, group.length, -1).to(dtype)
             query = up.absorb(q_nope[0, part], q_rope[0, part], scale, dtype)
             out[0, part] = up.project(_attend(query, keys, step.hidden(group), sinks, latent.shape[2]))
         for chunk in step.prefills:
             new = slice(chunk.token, chunk.token + chunk.size)
-            found = step.context_slots(chunk, page_table, page_size)
+            found = step.context_slots(chunk, page_table)
             keys = torch.cat([pool.index_select(0, found), entries[new]]) if chunk.context > chunk.first else entries[new]
             given = (q_nope[0, new], q_rope[0, new], keys, up_weight, up)
             out[0, new] = _chunk(*given, chunk.context - chunk.first, scale, window, sinks)
@@ -110,15 +111,7 @@ def _attend(query: torch.Tensor, keys: torch.Tensor, hidden: torch.Tensor | None
     scores = torch.bmm(query, keys.transpose(1, 2))
     if hidden is not None:
         scores.masked_fill_(hidden[:, None], -torch.inf)
-    return torch.bmm(_weights(scores, sinks), keys[..., :width])
-
-
-def _weights(scores: torch.Tensor, sinks: torch.Tensor | None) -> torch.Tensor:
-    """Softmax of scores [n, H, L]; `sinks` [H] takes its share of every row."""
-    if sinks is None:
-        return scores.softmax(-1)
-    column = sinks.to(scores.dtype).view(1, -1, 1).expand(scores.shape[0], -1, 1)
-    return torch.cat([scores, column], -1).softmax(-1)[..., :-1]
+    return torch.bmm(softmax_with_sinks(scores, sinks), keys[..., :width])
 
 
 def _chunk(
@@ -158,11 +151,11 @@ def _chunk(
         if expand:
             scores = torch.bmm(query[:, start:stop], own[:, seen, :features].transpose(1, 2))
             scores += rope[:, start:stop] @ shared[seen, width:].t()
-            weights = _weights(scores.masked_fill_(blocked, -torch.inf).transpose(0, 1), sinks).transpose(0, 1)
+            weights = softmax_with_sinks(scores.masked_fill_(blocked, -torch.inf).transpose(0, 1), sinks).transpose(0, 1)
             out[start:stop] = torch.bmm(weights, own[:, seen, features:]).transpose(0, 1)
         else:
             scores = (query[start:stop] @ shared[seen].t()).masked_fill_(blocked[:, None], -torch.inf)
-            out[start:stop] = up.project(_weights(scores, sinks) @ shared[seen, :width])
+            out[start:stop] = up.project(softmax_with_sinks(scores, sinks) @ shared[seen, :width])
     return out
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ad_attention.match.hf_masks import MaskDescription
+from ad_attention.match.hf_masks import plain_mask
 from ad_core.api.errors import CaptureError
 from ad_core.graph.ops import find_op
 from ad_core.graph.seams import Entered, ForwardSeam
@@ -45,15 +45,14 @@ class DynamicMaskSeam(ForwardSeam):
                     why=f"it keeps {part.keep_window_size} keys, and a sequence may have {longest}",
                     hint=f"set max_position_embeddings to {part.keep_window_size} in config.json",
                 )
-            if not isinstance(attention_mask, MaskDescription) or attention_mask.problem or attention_mask.chunk:
-                raise CaptureError("a layer with a dynamic mask has no plain causal mask beside it", where=type(part).__name__)
+            mask = plain_mask(attention_mask, type(part).__name__)
             by_head = (*hidden_states.shape[:-1], -1, part.head_dim)
             query, key = part.q_norm(part.q_proj(hidden_states).view(by_head)), part.k_norm(part.k_proj(hidden_states).view(by_head))
             value = part.v_proj(hidden_states)
             query, key = (x.transpose(1, 2) for x in rotate(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings))
             bias = torch.exp(part.A * torch.nn.functional.softplus(part.dt_proj(value)))  # [B, S, G]
             entered(OP)
-            mixed = op(query, key, value.view(by_head), scale=part.scaling, window=attention_mask.window, key_bias=bias)
+            mixed = op(query, key, value.view(by_head), scale=part.scaling, window=mask.window, key_bias=bias)
             return part.o_proj(mixed.flatten(2)), None
 
         return forward

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ad_core.api.errors import CaptureError
+
 if TYPE_CHECKING:
     import torch
 
@@ -65,6 +67,17 @@ _BINARY = "add sub mul truediv floordiv mod pow matmul and or xor".split()
 _OTHERS = "neg pos abs invert bool len iter setitem eq ne lt le gt ge".split()
 for _name in [side + name for name in _BINARY for side in ("", "r", "i")] + _OTHERS:
     setattr(MaskDescription, f"__{_name}__", _refuse(f"__{_name}__"))
+
+
+def plain_mask(mask: Any, where: str) -> MaskDescription:
+    """The description of a causal mask, perhaps with a window, that a layer was called with. Raises `CaptureError` for any other."""
+    if not isinstance(mask, MaskDescription):
+        raise CaptureError("an attention layer is not called with a mask of transformers' mask interface", where=where)
+    if mask.problem or mask.chunk:
+        raise CaptureError(
+            "an attention layer needs a plain causal mask", where=where, why=mask.problem or f"its mask has chunks of {mask.chunk}"
+        )
+    return mask
 
 
 def describe_mask(

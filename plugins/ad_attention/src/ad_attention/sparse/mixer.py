@@ -31,10 +31,10 @@ class Select(Mixer):
     kernels = (TorchSelect(),)
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
-        return {"index_pages": PagedTokens((int(call["key"].shape[2]),), call["key"].dtype)}
+        return {"index_pages": PagedTokens((int(call["key"].shape[2]),), call["key"].dtype, every=call["every"])}
 
     def sharing_key(self, call: OpCall) -> tuple[str, ...]:
-        return ("key",)
+        return ("key", "every")
 
 
 class Selected(Mixer):

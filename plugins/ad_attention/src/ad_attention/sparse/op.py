@@ -13,8 +13,15 @@ from ad_core.graph.ops import define_op
 ROW_BLOCK = 256
 """Query rows that are scored at once: no S x S matrix of a long sequence ever exists."""
 
-SELECT_SCHEMA = "ad_attention::select(Tensor query, Tensor key, Tensor weight, *, int count, float scale) -> Tensor"
-SELECT_ROLES = {"query": Role.TOKEN, "key": Role.TOKEN, "weight": Role.TOKEN, "count": Role.CONST, "scale": Role.CONST}
+SELECT_SCHEMA = "ad_attention::select(Tensor query, Tensor key, Tensor weight, *, int count, float scale, int every=1) -> Tensor"
+SELECT_ROLES = {
+    "query": Role.TOKEN,
+    "key": Role.TOKEN,
+    "weight": Role.TOKEN,
+    "count": Role.CONST,
+    "scale": Role.CONST,
+    "every": Role.CONST,
+}
 
 SELECTED_SCHEMA = (
     "ad_attention::selected(Tensor query, Tensor key, Tensor value, Tensor selected, *, float scale, Tensor? sinks=None) -> Tensor"
@@ -35,28 +42,34 @@ def index_scores(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, s
     return torch.matmul(weight[:, :, None], scores)[:, :, 0]
 
 
-def select_reference(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, *, count: int, scale: float) -> torch.Tensor:
+def select_reference(
+    query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, *, count: int, scale: float, every: int = 1
+) -> torch.Tensor:
     """The `count` positions j <= i of highest index score for every i: query [B, S, I, D], key [B, S, D], weight [B, S, I] ->
     [B, S, count] int64, ascending, and -1 in front where there are fewer. Of equal scores any may be taken, as by `torch.topk`.
 
     The score is the sum over the I index heads of weight * relu(query . key * scale), in float32 for half precision.
     DeepSeek-AI (2025), DeepSeek-V3.2: lightning indexer.
+
+    With `every`, blocks are chosen: block j is tokens j * every to (j + 1) * every - 1, its key is that of the last of them, and from
+    that one on it may be chosen. Keys of other tokens are not read.
     """
     batch, length = key.shape[:2]
     dtype = torch.promote_types(query.dtype, torch.float32)
-    query, key, weight = (x.to(dtype) for x in (query, key, weight))
-    steps = torch.arange(length, device=key.device)
+    query, key, weight = (x.to(dtype) for x in (query, key[:, every - 1 :: every], weight))
+    visible = (torch.arange(length, device=key.device) + 1) // every
+    blocks = torch.arange(key.shape[1], device=key.device)
     out = torch.full((batch, length, count), -1, dtype=torch.int64, device=key.device)
-    kept = min(count, length)
+    kept = min(count, len(blocks))
     for start in range(0, length, ROW_BLOCK):
         part = slice(start, min(start + ROW_BLOCK, length))
-        scores = index_scores(query[:, part], key, weight[:, part], scale).masked_fill(steps > steps[part, None], -torch.inf)
+        scores = index_scores(query[:, part], key, weight[:, part], scale).masked_fill(blocks >= visible[part, None], -torch.inf)
         best = scores.topk(kept, -1)
         out[:, part, :kept] = torch.where(best.values == -torch.inf, -1, best.indices)
     return out.sort(-1).values
 
 
-def select_fake(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, *, count: int, scale: float) -> torch.Tensor:
+def select_fake(query: torch.Tensor, key: torch.Tensor, weight: torch.Tensor, *, count: int, scale: float, every: int = 1) -> torch.Tensor:
     """[B, S, count] int64."""
     return query.new_empty(*query.shape[:2], count, dtype=torch.int64)
 

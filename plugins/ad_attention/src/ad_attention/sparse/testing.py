@@ -10,14 +10,14 @@ from ad_attention.latent.testing import choices
 from ad_core.testing import Case
 
 
-def select_case(name: str, heads: int, dim: int, count: int) -> Case:
+def select_case(name: str, heads: int, dim: int, count: int, every: int = 1) -> Case:
     def make(generator: torch.Generator, batch: int, length: int, dtype: torch.dtype) -> dict[str, Any]:
         arguments = {
             "query": torch.randn(batch, length, heads, dim, generator=generator),
             "key": torch.randn(batch, length, dim, generator=generator),
             "weight": torch.randn(batch, length, heads, generator=generator),
         }
-        return {**{key: value.to(dtype) for key, value in arguments.items()}, "count": count, "scale": 0.5}
+        return {**{key: value.to(dtype) for key, value in arguments.items()}, "count": count, "scale": 0.5, "every": every}
 
     return Case(name, make)
 
@@ -37,7 +37,13 @@ def selected_case(name: str, heads: int, groups: int, dim: int, value_dim: int, 
     return Case(name, make)
 
 
-SELECT_CASES = [select_case("few", 12, 16, 4), select_case("most", 16, 16, 20)]
+SELECT_CASES = [
+    select_case("few", 12, 16, 4),
+    select_case("most", 16, 16, 20),
+    select_case("pairs", 12, 16, 5, every=2),
+    select_case("blocks", 12, 16, 3, every=5),
+    select_case("long_blocks", 12, 16, 2, every=20),
+]
 SELECTED_CASES = [
     selected_case("mha", 4, 4, 16, 8, 6),
     selected_case("gqa", 6, 2, 16, 16, 5),

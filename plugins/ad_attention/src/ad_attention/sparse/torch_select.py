@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 
@@ -12,8 +12,9 @@ from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
 
 SCHEMA = (
-    "ad_attention::select_torch(Tensor query, Tensor key, Tensor weight, int count, float scale, bool append, Tensor(a!) index_pages, "
-    "Tensor page_table, Tensor plan, Tensor records, Tensor slots, Tensor rows, Tensor bounds, Tensor index) -> Tensor"
+    "ad_attention::select_torch(Tensor query, Tensor key, Tensor weight, int count, float scale, int every, bool append, "
+    "Tensor(a!) index_pages, Tensor page_table, Tensor plan, Tensor records, Tensor slots, Tensor rows, Tensor bounds, Tensor index, "
+    "Tensor? ends) -> Tensor"
 )
 
 BLOCK_SCORES = 1 << 21
@@ -26,6 +27,7 @@ def _select(
     weight: torch.Tensor,
     count: int,
     scale: float,
+    every: int,
     append: bool,
     index_pages: torch.Tensor,
     page_table: torch.Tensor,
@@ -35,33 +37,34 @@ def _select(
     rows: torch.Tensor,
     bounds: torch.Tensor,
     index: torch.Tensor,
+    ends: torch.Tensor | None,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: query [1, T, I, D] ... -> [1, T, count] positions in the token's own sequence. Writes the step's
     keys to `index_pages` if `append`, and then reads the sequences from there. Rows past the batch's tokens are zero."""
-    step = RowPlan(plan, records, slots, bounds, index)
+    step = RowPlan(plan, records, slots, bounds, index, ends)
     if append:
         step.write(index_pages, key[0])
-    pool, page_size = index_pages.flatten(0, 1), index_pages.shape[1]
+    pool = index_pages.flatten(0, 1)
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = torch.empty(1, query.shape[1], count, dtype=torch.int64, device=query.device)
     for group in step.groups:
         part = slice(group.start, group.start + group.size)
-        keys = pool.index_select(0, step.group_slots(group, page_table, page_size)).view(group.size, group.length, -1).to(dtype)
+        keys = pool.index_select(0, step.group_slots(group, page_table)).view(group.size, group.length, key.shape[2]).to(dtype)
         scores = index_scores(query[0, part, None].to(dtype), keys, weight[0, part, None].to(dtype), scale)[:, 0]
         if (hidden := step.hidden(group)) is not None:
             scores = scores.masked_fill(hidden, -torch.inf)
         out[0, part] = best(scores, count)
     for chunk in step.prefills:
-        new = slice(chunk.token, chunk.token + chunk.size)
-        before = pool.index_select(0, step.context_slots(chunk, page_table, page_size))
-        keys = torch.cat([before, key[0, new]]).to(dtype)
-        steps = torch.arange(len(keys), device=keys.device)
-        size = max(1, BLOCK_SCORES // (len(keys) * query.shape[2]))
+        before = pool.index_select(0, step.context_slots(chunk, page_table))
+        keys = torch.cat([before, key[0, step.completed(chunk)]]).to(dtype)
+        entries = torch.arange(len(keys), device=keys.device)
+        visible = torch.arange(chunk.context + 1, chunk.context + chunk.size + 1, device=keys.device) // every
+        size = max(1, BLOCK_SCORES // max(1, len(keys) * query.shape[2]))
         for start in range(0, chunk.size, size):
             stop = min(start + size, chunk.size)
             part = slice(chunk.token + start, chunk.token + stop)
             scores = index_scores(query[:, part].to(dtype), keys[None], weight[:, part].to(dtype), scale)[0]
-            later = steps > steps[chunk.context + start : chunk.context + stop, None]
+            later = entries >= visible[start:stop, None]
             out[0, part] = best(scores.masked_fill(later, -torch.inf), count)
     out[0, step.tokens :].zero_()
     return out
@@ -102,7 +105,10 @@ class TorchSelect(Kernel):
     graph = "never"
 
     def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
-        return row_buffers(limits)
+        return row_buffers(limits, call["every"])
+
+    def group_key(self, call: OpCall) -> Hashable:
+        return call["every"]
 
     def prepare(self, batch: BatchView, call: OpCall, out: Mapping[str, torch.Tensor]) -> None:
-        plan_rows(batch, None, out)
+        plan_rows(batch, None, out, call["every"])

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from ad_attention.kernels.row_plan import GROUP_ROWS, RowPlan, plan_rows, row_buffers
+from ad_attention.kernels.sinks import softmax_with_sinks
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
 
@@ -42,7 +43,7 @@ def _selected(
     if append:
         step.write(key_pages, key[0])
         step.write(value_pages, value[0])
-    page_size, heads, groups = key_pages.shape[1], query.shape[2], key.shape[2]
+    heads, groups = query.shape[2], key.shape[2]
     dtype = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(1, query.shape[1], heads, value.shape[3])
     block = max(1, GROUP_ROWS // (selected.shape[2] * groups))
@@ -50,18 +51,14 @@ def _selected(
         part = slice(start, min(start + block, step.tokens))
         wanted, last = selected[0, part].long(), positions[part, None]
         hidden = (wanted < 0) | (wanted > last)
-        found = step.slots_at(torch.minimum(wanted.clamp(min=0), last), rows[part], page_table, page_size).flatten()
+        found = step.slots_at(torch.minimum(wanted.clamp(min=0), last), rows[part], page_table).flatten()
         keys, values = (
             pool.flatten(0, 1).index_select(0, found).view(-1, wanted.shape[1], *pool.shape[2:]).to(dtype).transpose(1, 2)
             for pool in (key_pages, value_pages)
         )  # [n, G, K, D]
         scores = (query[0, part].to(dtype).mul(scale).unflatten(1, (groups, -1)) @ keys.transpose(2, 3)).flatten(1, 2)
         scores.masked_fill_(hidden[:, None], -torch.inf)
-        if sinks is not None:
-            column = sinks.to(dtype).view(1, -1, 1).expand(scores.shape[0], -1, 1)
-            weights = torch.cat([scores, column], -1).softmax(-1)[..., :-1]
-        else:
-            weights = scores.softmax(-1)
+        weights = softmax_with_sinks(scores, sinks)
         out[0, part] = (weights.unflatten(1, (groups, -1)) @ values).flatten(1, 2)
     out[0, step.tokens :].zero_()
     return out

@@ -44,10 +44,11 @@ def _causal_conv1d(
         return prompts(step, records, x, weight, bias, activation, conv_state)
     out = x.new_empty(x.shape)
     rows = x if x.stride(2) == 1 else x.contiguous()
+    taps, bias = weight.contiguous(), None if bias is None else bias.contiguous()
     _decode(x.dtype)(
         rows.data_ptr(),
         rows.stride(1),
-        weight.data_ptr(),
+        taps.data_ptr(),
         0 if bias is None else bias.data_ptr(),
         conv_state.data_ptr(),
         state_slots.data_ptr(),

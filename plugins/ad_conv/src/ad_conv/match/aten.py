@@ -1,6 +1,7 @@
 """Causal convolutions as ATen nodes: one conv1d whose left padding makes it causal, and the SiLU behind it.
 
 Three spellings of the padding: conv1d pads both ends by K - 1 and the tail is cut off; `pad` puts K - 1 zeros in front; a `cat` does.
+With a dilation K counts the zeros between the taps: the canonical op has them as taps.
 """
 
 from __future__ import annotations
@@ -57,16 +58,18 @@ def _read(node: Node) -> Proposal:
     channels, per_group, width = (int(extent) for extent in weight.meta["val"].shape)
     if per_group != 1 or arguments["groups"] != channels:
         raise Unknown(f"it mixes channels: {arguments['groups']} groups of {per_group} channels")
-    if list(arguments["stride"]) != [1] or list(arguments["dilation"]) != [1] or arguments.get("transposed"):
-        raise Unknown("it has a stride or a dilation, or is transposed")
+    if list(arguments["stride"]) != [1] or arguments.get("transposed"):
+        raise Unknown("it has a stride or is transposed")
     padding = arguments["padding"]
     if isinstance(padding, str):
         raise Unknown(f"its padding is {padding!r}")
-    found = _padded_inside(node, source, width) if list(padding) == [width - 1] and width > 1 else None
+    (apart,) = arguments["dilation"]
+    span = (width - 1) * apart + 1
+    found = _padded_inside(node, source, span) if list(padding) == [span - 1] and span > 1 else None
     if found is None and list(padding) == [0]:
-        found = _padded_before(node, source, width)
+        found = _padded_before(node, source, span)
     if found is None:
-        raise Unknown(f"its padding {list(padding)} does not make a kernel of {width} causal")
+        raise Unknown(f"its padding {list(padding)} does not make a kernel of {span} causal")
     silu = next((user for user in found.output.users if is_op(user, "aten::silu")), None)
     fused = silu is not None and len(found.output.users) == 1
     output = silu if fused and silu is not None else found.output
@@ -76,7 +79,7 @@ def _read(node: Node) -> Proposal:
     def prepare(graph: GraphModule) -> Mapping[str, Any]:
         return {
             "x": insert_call(output, aten.transpose.int, found.source, 1, 2),
-            "weight": insert_call(output, aten.squeeze.dim, weight, 1),
+            "weight": _spread(output, insert_call(output, aten.squeeze.dim, weight, 1), apart),
         }
 
     def rewrite(graph: GraphModule, result: Node) -> Node:
@@ -89,6 +92,15 @@ def _read(node: Node) -> Proposal:
         prepare=prepare,
         rewrite=rewrite,
     )
+
+
+def _spread(before: Node, weight: Node, apart: int) -> Node:
+    """Taps [C, K] that lie `apart`, with zeros between them: [C, (K - 1) * apart + 1]."""
+    if apart == 1:
+        return weight
+    columns = insert_call(before, aten.unsqueeze.default, weight, 2)
+    columns = insert_call(before, aten.constant_pad_nd.default, columns, [apart - 1, 0])
+    return insert_call(before, aten.slice.Tensor, insert_call(before, aten.flatten.using_ints, columns, 1), 1, apart - 1)
 
 
 def _padded_inside(node: Node, source: Node, width: int) -> _Found:
