@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from .models import Entry, entries
+from .models import Entry, build, entries
 from .page import page
 from .pool import Worker
+from .sound import unsound
 
 CORE = ("llama", "gemma2", "bloom", "camembert", "gemma3n_text", "deepseek_v32", "doge", "zaya")
 """Grouped heads, windows with a soft-cap, a pattern with ALiBi, positions of its own, shared keys, a latent with an indexer, a bias of
@@ -32,6 +33,33 @@ def test_answers_are_those_of_the_authors_module(model_type, worker):
     result = worker.run(model_type, LIMIT)
     assert result["status"] == "pass", f"{result['stage']}: {result['reason']}"
     assert result["mixers"], "nothing that mixes tokens was claimed"
+
+
+@pytest.mark.parametrize("model_type", [_param(entry) for entry in entries().values() if entry.status == "ok"])
+def test_an_entry_is_causal_and_hears_its_first_token(model_type):
+    assert unsound(build(entries()[model_type])) is None
+
+
+def test_what_looks_ahead_forgets_or_computes_no_numbers_is_no_oracle():
+    module = build(entries()["llama"])
+    forward = module.forward
+
+    def patched(change):
+        def changed(**given):
+            output = forward(**given)
+            output.logits = change(output.logits, given["input_ids"])
+            return output
+
+        return changed
+
+    module.forward = patched(lambda logits, ids: logits + logits.mean(1, keepdim=True))
+    assert "not causal" in unsound(module)
+    module.forward = patched(lambda logits, ids: logits + 0.01 * ids.shape[1])
+    assert "not causal" in unsound(module)
+    module.forward = patched(lambda logits, ids: module.get_input_embeddings()(ids))
+    assert "do not depend on the first" in unsound(module)
+    module.forward = patched(lambda logits, ids: logits / 0)
+    assert "not finite" in unsound(module)
 
 
 def test_an_entry_that_hangs_costs_that_entry(worker):
