@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from ad_core.capture.fakes import fake_weights
 from ad_core.capture.flatten import Origin, flatten
 from ad_core.capture.forward import ForwardForm, LogitsOnly, forward_form
+from ad_core.capture.furthest import Horizon
 from ad_core.capture.regions import inline_regions
 from ad_core.capture.rehearse import Rehearsal, block_calls
 from ad_core.capture.repeats import RepeatError, RepeatPlan, RepeatTracer
@@ -62,7 +63,8 @@ def export_module(
 
     The module may be on meta; its own tensors are not touched and it is left as it was. `device` is where the graph will run:
     its constants say so. Layers that do the same are traced once unless `repeats` is False. `entries` counts what seams put in.
-    Raises what the module or torch.export raise.
+    Raises what the module or torch.export raise, and `ConfigError` if the module computes something else for sequences that are shorter
+    than `max_length`.
     """
     form = forward_form(module)
     device = torch.device(device)
@@ -76,23 +78,31 @@ def export_module(
             inputs = (ids, torch.zeros_like(ids))[: len(names)]
         plan, note = RepeatPlan([]), ""
         if repeats:
-            plan, note = _rehearsed(module, form, mode, inputs, entries)
+            plan, note = _rehearsed(module, form, mode, inputs, Horizon(max_length), entries)
+        horizon = Horizon(max_length)
         try:
-            graph = _export(module, form, inputs, names, max_length, plan, origin)
+            graph = _export(module, form, inputs, names, horizon, plan, origin)
         except RepeatError as error:
             note, plan = f"layers were traced one by one: {error}", RepeatPlan([])
-            graph = _export(module, form, inputs, names, max_length, plan, origin)
+            graph = _export(module, form, inputs, names, horizon, plan, origin)
+        horizon.check(graph, lambda longest: _export(module, form, inputs, names, longest, plan, origin))
     return Exported(graph, len(plan.calls), len(plan.models), note)
 
 
 def _rehearsed(
-    module: nn.Module, form: ForwardForm, mode: FakeTensorMode, inputs: tuple[torch.Tensor, ...], entries: Entries
+    module: nn.Module,
+    form: ForwardForm,
+    mode: FakeTensorMode,
+    inputs: tuple[torch.Tensor, ...],
+    horizon: Horizon,
+    entries: Entries,
 ) -> tuple[RepeatPlan, str]:
     """Which layers may be copied. A module that cannot run on fake tensors of fixed shape is traced layer by layer."""
     rehearsal = Rehearsal(module)
     before = entries.counts.copy()
+    answers = horizon.watching(inputs[1] if len(inputs) > 1 else None)
     try:
-        with untouched(module), mode, rehearsal, _as_in_export(), block_calls(module, rehearsal.run_block):
+        with untouched(module), mode, rehearsal, _as_in_export(), block_calls(module, rehearsal.run_block), answers:
             LogitsOnly(module, form)(*inputs)
     except Exception as error:  # whatever the author's code raises: the export will say it better, or do without
         entries.counts = before
@@ -107,18 +117,19 @@ def _export(
     form: ForwardForm,
     inputs: tuple[torch.Tensor, ...],
     names: list[str],
-    max_length: int | None,
+    horizon: Horizon,
     plan: RepeatPlan,
     origin: Origin,
 ) -> GraphModule:
     batch = torch.export.Dim("batch", min=1, max=1 << 16)
-    length = torch.export.Dim("length", min=1, max=max(max_length or 1 << 20, _SHAPE[1] + 1))
-    with block_calls(module, RepeatTracer(plan).run) if plan.models else nullcontext(), warnings.catch_warnings():
+    length = torch.export.Dim("length", min=1, max=max(horizon.longest or 1 << 20, _SHAPE[1] + 1))
+    calls = block_calls(module, RepeatTracer(plan).run) if plan.models else nullcontext()
+    with untouched(module), calls, warnings.catch_warnings():
         # what the forward leaves in attributes is put back
         warnings.filterwarnings("ignore", message="The tensor attribute", category=UserWarning)
         try:
             program = torch.export.export(
-                _Traced(module, form),
+                _Traced(module, form, horizon),
                 inputs,
                 dynamic_shapes=({0: batch, 1: length},) * len(inputs),
                 strict=False,
@@ -133,9 +144,13 @@ def _export(
 class _Traced(LogitsOnly):
     """What is exported."""
 
+    def __init__(self, module: nn.Module, form: ForwardForm, horizon: Horizon):
+        super().__init__(module, form)
+        self._horizon = horizon
+
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
         try:
-            with _WithoutGradRegions():
+            with _WithoutGradRegions(), self._horizon.watching(position_ids):
                 return super().forward(input_ids, position_ids)
         except Exception as error:
             raise _RaisedError(error) from error

@@ -50,12 +50,14 @@ def flatten(program: ExportedProgram, origin: Origin, inputs: list[str], plan: R
 
     Weights are `get_attr` nodes under the names they have in the module (tied ones under the first), and the graph holds the module's
     own tensors (meta or real), not copies. Blocks that were skipped are filled in as `plan` says. Metas kept: `val`, `stack_trace`, and
-    `nn_module_stack` as {path: (path, class)} with the module's paths. Raises `CaptureError` if the forward writes to its weights,
-    buffers or inputs, `RepeatError` if the marks of blocks are not as planned.
+    `nn_module_stack` as {path: (path, class)} with the module's paths. A buffer that is filled anew before anything reads it is what
+    it is filled with. Raises `CaptureError` if the forward writes to its weights, other buffers or inputs, `RepeatError` if the marks
+    of blocks are not as planned.
     """
     names_of = {spec.arg.name: str(spec.target or spec.arg.name) for spec in program.graph_signature.input_specs}
     kept = [str(spec.target) for spec in program.graph_signature.output_specs if spec.kind is not OutputKind.USER_OUTPUT]
-    kept += [names_of[node.name] for node in _written(program) if node.name in names_of]
+    filled = _filled_anew(program)
+    kept += [names_of[owner.name] for _, owner in _writes(program) if owner.name in names_of and owner not in filled]
     if kept:
         names = dict.fromkeys(name.removeprefix(origin.prefix) for name in kept)
         raise CaptureError(
@@ -76,6 +78,7 @@ class _Flattener:
         self._paths: dict[Node, str] = {}
         self._weights: dict[str, Node] = {}
         self._attributes: dict[str, Any] = {}
+        self._filled = _filled_anew(program)
 
     def run(self) -> GraphModule:
         nodes = list(self._program.graph.nodes)
@@ -88,6 +91,8 @@ class _Flattener:
             if node.op == "output":
                 (result,) = node.args[0]
                 self._graph.output(self._get(result))
+            elif node.args and node.args[0] in self._filled and node.target is _FILL:
+                self._env[node] = self._env[node.args[0]] = self._fill(node)
             elif node.target is not MARK:
                 self._env[node] = self._copy(node, self._get)
             else:
@@ -128,9 +133,15 @@ class _Flattener:
                 )
 
     def _get(self, node: Node) -> Node:
-        if node in self._paths:
+        if node in self._paths and node not in self._env:
             return self._weight(self._paths[node], node)
         return self._env[node]
+
+    def _fill(self, node: Node) -> Node:
+        """What a buffer holds after it was filled. A copy, for what it was filled with may be written to later."""
+        value = self._graph.call_function(torch.ops.aten.clone.default, (self._get(node.args[1]),))  # type: ignore[arg-type]
+        value.meta = {"val": node.meta["val"], "nn_module_stack": self._module_stack(node, "", "")}
+        return value
 
     def _weight(self, path: str, like: Node) -> Node:
         """The one `get_attr` node of a weight, made where it is first used."""
@@ -200,14 +211,36 @@ def _is_size(node: Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
 
 
-def _written(program: ExportedProgram) -> Iterator[Node]:
-    """The nodes whose memory an op of the graph writes to: those that own it, of which the op may see a view."""
+_FILL = torch.ops.aten.copy_.default
+
+
+def _writes(program: ExportedProgram) -> Iterator[tuple[Node, Node]]:
+    """The nodes that write to memory, with the node that owns it, of which the op may see a view."""
     for node in program.graph.nodes:
         if not isinstance(node.target, OpOverload) or not node.target._schema.is_mutable:
             continue
         for argument, value in zip(node.target._schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-                yield _owner(value)
+                yield node, _owner(value)
+
+
+def _filled_anew(program: ExportedProgram) -> set[Node]:
+    """The buffers that are only ever written to as a whole, in their own dtype and shape, and for the first time before they are read:
+    no call sees what the one before it left there."""
+    buffers = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.BUFFER}
+    found: set[Node] = set()
+    for node, owner in _writes(program):
+        first = next(reader for reader in program.graph.nodes if owner in reader.all_input_nodes and reader.target not in _DROPPED)
+        if owner.name in buffers and (first is node or owner in found):
+            found.add(owner)
+    return {owner for owner in found if all(_fills(node, owner) for node, written in _writes(program) if written is owner)}
+
+
+def _fills(node: Node, owner: Node) -> bool:
+    if node.target is not _FILL or node.args[0] is not owner or not isinstance(node.args[1], Node):
+        return False
+    new, old = node.args[1].meta["val"], owner.meta["val"]
+    return bool(new.shape == old.shape and new.dtype == old.dtype)
 
 
 def _owner(node: Node) -> Node:

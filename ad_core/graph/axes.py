@@ -79,6 +79,10 @@ class Sizes:
         """Whether the size (or symbolic number) depends on the number of tokens."""
         return bool(_symbols(size) & self._symbols)
 
+    def carries_batch(self, size: Any) -> bool:
+        """Whether the size (or symbolic number) depends on the number of rows."""
+        return bool(_symbols(size) & (self.symbols - self._symbols))
+
     def length_dims(self, value: Any) -> tuple[int, ...]:
         """The dims of a tensor whose size depends on the number of tokens."""
         if not isinstance(value, torch.Tensor):

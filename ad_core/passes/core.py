@@ -5,6 +5,7 @@ from __future__ import annotations
 from ad_core.api.passes import Pass
 from ad_core.passes.asserts import RemoveAsserts
 from ad_core.passes.clean import RemoveNoOps
+from ad_core.passes.constant_masks import ConstantMasks
 from ad_core.passes.devices import SetDevices
 from ad_core.passes.duplicates import MergeDuplicates
 from ad_core.passes.functional import MakeFunctional
@@ -21,6 +22,7 @@ def clean_passes() -> list[Pass]:
         SetDevices(),
         RemoveAsserts(),
         MakeFunctional(),
+        ConstantMasks(),
         RemoveNoOps(),
         CancelTransposes(),
         NoPadding(),

@@ -54,7 +54,7 @@ def _evaluate(graph: GraphModule, sizes: Sizes) -> dict[Node, int]:
     both = (sizes, sizes.other_length())
     found: dict[Node, int] = {}
     for node, values in size_values(graph, both).items():
-        offset = _offset(values, both) if _positions_shape(node.meta["val"]) else None
+        offset = _offset(values, both) if _positions_shape(node.meta["val"], sizes) else None
         if offset is not None:
             found[node] = offset
     return found
@@ -91,8 +91,11 @@ def _deterministic(node: Node) -> bool:
     return not isinstance(node.target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
-def _positions_shape(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and not value.is_complex() and value.dtype != torch.bool and 1 <= value.dim() <= 2
+def _positions_shape(value: Any, sizes: Sizes) -> bool:
+    """Whether the last of one or two dims is that of the tokens; all rows in one dim are not, though they look so while the batch is 1."""
+    if not isinstance(value, torch.Tensor) or value.is_complex() or value.dtype == torch.bool or not 1 <= value.dim() <= 2:
+        return False
+    return sizes.carries_length(value.shape[-1]) and not sizes.carries_batch(value.shape[-1])
 
 
 def _offset(values: list[torch.Tensor], sizes: tuple[Sizes, Sizes]) -> int | None:

@@ -72,6 +72,19 @@ def test_any_spelling_becomes_the_input(name: str) -> None:
         assert torch.equal(run(graph, 1, 5, position_ids=places), expected)
 
 
+def test_rows_that_are_looked_up_in_one_dim_stay_as_many_as_the_batch_has() -> None:
+    class Flat(Positioned):
+        def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+            found = self.places(self.count(input_ids).view(-1)).view(*input_ids.shape, -1)
+            return self.head(self.embedding(input_ids) + found)
+
+    model = Flat(spelled_by_ones)
+    graph = replaced(export(model))
+    assert "aten.cumsum.default" not in ops(graph)
+    assert torch.equal(run(graph, 3, 7), model(*sample(3, 7, positions=False)))
+    assert torch.equal(run(graph, 1, 5), model(*sample(1, 5, positions=False)))
+
+
 def test_positions_that_are_given_are_used_for_those_that_are_counted() -> None:
     class Both(Positioned):
         def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Every causal language model type that `zoo.json` describes, tiny and with random weights that make a mistake show.
+"""Every causal language model type of transformers (`zoo.json` and `more.json`), tiny and with random weights that make a mistake show.
 
 Logits spread by about 1, nothing that starts constant stays so (unit norms and zero biases hide bugs), windows and chunks are shorter
 than the prompts, and every kind of layer of a hybrid is there.
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-PATH = Path(__file__).with_name("zoo.json")
+PATHS = tuple(Path(__file__).with_name(name) for name in ("zoo.json", "more.json"))
 TRANSFORMERS = "5.23"
 """The version that the entries were written for. An older one has some of their types not, or with faults of its own."""
 
@@ -32,16 +32,14 @@ class Entry:
     perturb: float
     status: str
     note: str
-    mixers: tuple[str, ...]
-    moe: bool
 
 
 @cache
 def entries() -> dict[str, Entry]:
-    """All entries by model type, in the order of the file."""
-    read = json.loads(PATH.read_text())
-    fields = Entry.__dataclass_fields__
-    return {each["model_type"]: Entry(**{**{name: each[name] for name in fields}, "mixers": tuple(each["mixers"])}) for each in read}
+    """All entries by model type, in alphabetical order."""
+    read = [each for path in PATHS for each in json.loads(path.read_text())]
+    known = [Entry(**{name: each[name] for name in Entry.__dataclass_fields__}) for each in read]
+    return {entry.model_type: entry for entry in sorted(known, key=lambda entry: entry.model_type)}
 
 
 def build(entry: Entry) -> nn.Module:

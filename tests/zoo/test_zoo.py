@@ -12,6 +12,7 @@ from .check import contradiction, logits_of
 from .models import TRANSFORMERS, Entry, build, entries, prompt
 from .page import page
 from .pool import Worker
+from .sound import unsound
 
 CORE = ("llama", "gemma2", "bloom", "camembert", "gemma3n_text", "deepseek_v32", "doge", "zaya")
 """Grouped heads, windows with a soft-cap, a pattern with ALiBi, positions of its own, shared keys, a latent with an indexer, a bias of
@@ -55,6 +56,33 @@ def test_reformers_hashes_sort_the_whole_sequence_into_chunks_so_what_a_token_se
     assert (logits_of(reformer, ids[:9]) - short[:9]).abs().max() < 1e-4
     assert (short - long[:16]).abs().max() > 0.1
     assert (logits_of(reformer, ids) == long).all(), "its rotations are drawn with a seed"
+
+
+@pytest.mark.parametrize("model_type", [_param(entry) for entry in entries().values() if entry.status == "ok"])
+def test_an_entry_is_causal_and_hears_its_first_token(model_type):
+    assert unsound(build(entries()[model_type])) is None
+
+
+def test_what_looks_ahead_forgets_or_computes_no_numbers_is_no_oracle():
+    module = build(entries()["llama"])
+    forward = module.forward
+
+    def patched(change):
+        def changed(**given):
+            output = forward(**given)
+            output.logits = change(output.logits, given["input_ids"])
+            return output
+
+        return changed
+
+    module.forward = patched(lambda logits, ids: logits + logits.mean(1, keepdim=True))
+    assert "not causal" in unsound(module)
+    module.forward = patched(lambda logits, ids: logits + 0.01 * ids.shape[1])
+    assert "not causal" in unsound(module)
+    module.forward = patched(lambda logits, ids: module.get_input_embeddings()(ids))
+    assert "do not depend on the first" in unsound(module)
+    module.forward = patched(lambda logits, ids: logits / 0)
+    assert "not finite" in unsound(module)
 
 
 def test_an_entry_that_hangs_costs_that_entry(worker):
