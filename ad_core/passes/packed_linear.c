@@ -19,7 +19,7 @@ static void task(const uint16_t *x, int64_t x_row, const uint16_t *weight, const
         for (int64_t m = 0; m < rows; m += TILE) {
             const uint16_t *tile[TILE];
             for (int64_t i = 0; i < TILE; i++) tile[i] = x + (m + i < rows ? m + i : m) * x_row;
-            multiply_tile(rows - m < TILE ? rows - m : TILE, tile, weight, first, stop, sum + m * OUTPUTS);
+            multiply_tile(rows - m < TILE ? rows - m : TILE, tile, weight, first, stop, first > 0, sum + m * OUTPUTS);
         }
     }
     for (int64_t m = 0; m < rows; m++) store_block(out + m * N, sum + m * OUTPUTS, bias, outputs);

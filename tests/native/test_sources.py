@@ -12,7 +12,7 @@ from ad_core.native import NativeLibrary, compiler
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("ad_core/**/*.c"), *ROOT.glob("plugins/*/src/**/*.c")])
-PAIRS = {"packed_linear.c", "packed_products.c", "pairs.c"}
+PAIRS = {"native_prefill.c", "packed_linear.c", "packed_products.c", "pairs.c"}
 """Those that want instructions for pairs of bfloat16."""
 
 

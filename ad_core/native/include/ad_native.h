@@ -139,11 +139,12 @@ INLINE void multiply_bfloat16(Vector *dots, const uint16_t *const *x, const int6
 #define HAS_PAIRS
 enum { OUTPUTS = 64, TILE = 6 }; /* outputs of a block of a packed weight (`ad_core.native.packed`), rows that are multiplied with it at once */
 
-/* M rows x times pairs `first` to `stop` of a block, added to `sum` [M, 64], or written there if `first` is 0. */
-INLINE void multiply_block(const int64_t M, const uint16_t *const *x, const uint16_t *weight, int64_t first, int64_t stop, float *sum) {
+/* M rows x times pairs `first` to `stop` of a block, added to `sum` [M, 64] or, unless `kept_sum`, written there. */
+INLINE void multiply_block(const int64_t M, const uint16_t *const *x, const uint16_t *weight, int64_t first, int64_t stop, int kept_sum,
+                           float *sum) {
     __m512 kept[TILE][4];
     for (int64_t m = 0; m < M; m++)
-        for (int64_t i = 0; i < 4; i++) kept[m][i] = first ? _mm512_loadu_ps(sum + m * OUTPUTS + 16 * i) : _mm512_setzero_ps();
+        for (int64_t i = 0; i < 4; i++) kept[m][i] = kept_sum ? _mm512_loadu_ps(sum + m * OUTPUTS + 16 * i) : _mm512_setzero_ps();
     for (int64_t pair = first; pair < stop; pair++) {
         __m512bh part[4];
         for (int64_t i = 0; i < 4; i++) part[i] = (__m512bh)_mm512_loadu_si512(weight + (pair * OUTPUTS + 16 * i) * 2);
@@ -158,14 +159,15 @@ INLINE void multiply_block(const int64_t M, const uint16_t *const *x, const uint
 }
 
 /* The same for up to TILE rows. */
-INLINE void multiply_tile(int64_t M, const uint16_t *const *x, const uint16_t *weight, int64_t first, int64_t stop, float *sum) {
+INLINE void multiply_tile(int64_t M, const uint16_t *const *x, const uint16_t *weight, int64_t first, int64_t stop, int kept_sum,
+                          float *sum) {
     switch (M) {
-    case 1: multiply_block(1, x, weight, first, stop, sum); break;
-    case 2: multiply_block(2, x, weight, first, stop, sum); break;
-    case 3: multiply_block(3, x, weight, first, stop, sum); break;
-    case 4: multiply_block(4, x, weight, first, stop, sum); break;
-    case 5: multiply_block(5, x, weight, first, stop, sum); break;
-    default: multiply_block(6, x, weight, first, stop, sum);
+    case 1: multiply_block(1, x, weight, first, stop, kept_sum, sum); break;
+    case 2: multiply_block(2, x, weight, first, stop, kept_sum, sum); break;
+    case 3: multiply_block(3, x, weight, first, stop, kept_sum, sum); break;
+    case 4: multiply_block(4, x, weight, first, stop, kept_sum, sum); break;
+    case 5: multiply_block(5, x, weight, first, stop, kept_sum, sum); break;
+    default: multiply_block(6, x, weight, first, stop, kept_sum, sum);
     }
 }
 

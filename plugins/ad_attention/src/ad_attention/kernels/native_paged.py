@@ -1,4 +1,5 @@
-"""Softmax attention over paged keys and values on the CPU: decodes in C (`native_decode.c`), chunks of prompts in torch."""
+"""Softmax attention over paged keys and values on the CPU, in C: decodes (`native_decode.c`), and chunks of prompts in bfloat16
+(`native_prefill.c`) unless scores have biases. Other chunks are computed in torch."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from ad_core.graph.ops import define_op
 from ad_core.native import NativeLibrary
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("native_decode.c"))
+PREFILL = NativeLibrary(Path(__file__).with_name("native_prefill.c"))
 LARGEST = 1 << 15
 """Numbers of one token's queries: as floats they lie on a thread's stack, and its results beside them."""
 
@@ -72,7 +74,7 @@ def _attention(
             write(rows.data_ptr(), rows.stride(1) * size, pool.data_ptr(), token_slots.data_ptr(), tokens, width * size)
     out = query.new_empty(1, T, H, Dv)
     if decodes:
-        rows = query if query.stride(3) == 1 and query.stride(2) == D else query.contiguous()
+        rows = _rows(query)
         sinks_, slopes, relative = (None if x is None else x.float().contiguous() for x in (sinks, alibi_slopes, rel_bias))
         decode(
             rows.data_ptr(),
@@ -105,15 +107,63 @@ def _attention(
     if num_prefills:
         given = Modifiers(scale, window, chunk, softcap, sinks, alibi_slopes, rel_bias, distance_buckets)
         pages = Pages((key_pages, value_pages, key_bias_pages), page_table, seq_lens, index)
-        query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = (_rows(x) for x in (query, key, value))
+        biased = alibi_slopes is not None or rel_bias is not None or key_bias is not None
+        plain = not biased and not D % 2 and query.dtype == torch.bfloat16 and PREFILL.declined(query.dtype) is None
         for record in records[:num_prefills].tolist():
             part = Prefill(*record[: len(Prefill._fields)])
             new = slice(part.token, part.token + part.size)
+            if plain:
+                _prefill(query[0, new], key[0, new], value[0, new], part, pages, given, out[0, new])
+                continue
             bias = None if key_bias is None else key_bias[0, new]
             out[0, new] = prefill_chunk(query[0, new], key[0, new], value[0, new], bias, part, pages, given)
     if tokens < T:
         out[0, tokens:].zero_()
     return out
+
+
+def _prefill(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Prefill, pages: Pages, given: Modifiers, out: torch.Tensor
+) -> None:
+    """The new tokens of one sequence: query [m, H, D], key [m, G, D] and value [m, G, Dv] to `out` [m, H, Dv]."""
+    sinks = None if given.sinks is None else given.sinks.float().contiguous()
+    key_pages, value_pages, _ = pages.pools
+    _prefill_function()(
+        query.data_ptr(),
+        query.stride(0),
+        key.data_ptr(),
+        key.stride(0),
+        value.data_ptr(),
+        value.stride(0),
+        _address(key_pages),
+        _address(value_pages),
+        pages.page_table[part.row].data_ptr(),
+        0 if key_pages is None else key_pages.shape[1],
+        _address(sinks),
+        out.data_ptr(),
+        part.size,
+        part.context,
+        part.first,
+        query.shape[1],
+        key.shape[1],
+        query.shape[2],
+        value.shape[2],
+        -1 if given.window is None else given.window,
+        given.chunk or 0,
+        given.scale,
+        given.softcap or 0.0,
+    )
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """Rows of [1, T, heads, size] may lie apart, as the parts of a merged projection do; what is inside of one may not."""
+    return x if x.stride(3) == 1 and x.stride(2) == x.shape[3] else x.contiguous()
+
+
+@cache
+def _prefill_function() -> Callable[..., None]:
+    return PREFILL.function("attention_prefill", "pipipi" + "pppi" + "pp" + "iiiiiiiii" + "ff", torch.bfloat16)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -28,7 +28,7 @@ static void task(const Call *c, int64_t expert, const int64_t *choices, int64_t 
             for (int64_t m = 0; m < rows; m += TILE) {
                 const uint16_t *tile[TILE];
                 for (int64_t i = 0; i < TILE; i++) tile[i] = c->x + choices[m + i < rows ? m + i : m] / c->share * c->x_row;
-                multiply_tile(rows - m < TILE ? rows - m : TILE, tile, weight, first, stop, sum + m * OUTPUTS);
+                multiply_tile(rows - m < TILE ? rows - m : TILE, tile, weight, first, stop, first > 0, sum + m * OUTPUTS);
             }
         }
         for (int64_t m = 0; m < rows; m++)
