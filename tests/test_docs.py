@@ -17,6 +17,7 @@ from ad_core.api import errors, hooks
 from ad_core.api.batch import FIELDS
 from ad_core.cli.main import COMMANDS
 from ad_core.config import EngineConfig, make_config
+from ad_core.native.compiler import SWITCH
 from ad_core.registry.controls import ALLOW, DENY, STRICT
 from ad_core.runtime.params import SamplingParams
 
@@ -103,7 +104,7 @@ def test_every_error_is_documented():
 
 
 def test_every_environment_variable_hook_and_batch_field_is_documented():
-    assert set(rows(USERS, "Environment")) == {ALLOW, DENY, STRICT}
+    assert set(rows(USERS, "Environment")) == {ALLOW, DENY, STRICT, SWITCH, "CC"}
     assert set(rows(AUTHORS, "Hooks")) == {name for name in vars(hooks) if name.startswith("ad_")}
     assert [field for field in FIELDS if f"`{field}`" not in CONCEPTS.read_text()] == []
 
