@@ -53,7 +53,7 @@ CALLS = {"inkling_text": 4, "inkling2_text": 4, "inkling2_loop_text": 10}
 
 @pytest.mark.parametrize("model_type", ["inkling_text", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if "2" in name)])
 def test_answers_are_those_of_the_authors_module(model_type):
-    entry = Entry(model_type, {**SIZES, **MODELS[model_type]}, 0, 0.05, "ok", "", (), True)
+    entry = Entry(model_type, {**SIZES, **MODELS[model_type]}, 0, 0.05, "ok", "")
     result = check(entry)
     assert result.status == "pass", f"{result.stage}: {result.reason}"
     assert result.mixers["ad_attention::attention"] == CALLS[model_type]

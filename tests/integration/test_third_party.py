@@ -37,7 +37,9 @@ def test_a_model_of_averages_and_attention_answers_as_it_does_uncached(results):
         ["mixers.2", "smooth::average", "seam smooth.library"],
         ["mixers.3", "ad_attention::attention", "matcher attention.sdpa"],
     ]
-    assert result["kernels"] == {"smooth::average": "smooth.loop", "ad_attention::attention": "attention.softmax.torch"}
+    attention = result["kernels"].pop("ad_attention::attention")
+    assert attention in ("attention.softmax.native", "attention.softmax.torch")  # with and without a C compiler
+    assert result["kernels"] == {"smooth::average": "smooth.loop"}
     assert result["kinds"] == ["pages", "slots"]
     assert result["verified"].startswith("structure and numbers verified")
     assert result["equal"] == [[True] * 8] * 2

@@ -17,7 +17,7 @@ from ad_attention.kernels.triton_tiles import Tiles  # noqa: E402
 from ad_core.testing.triton import CompiledLaunch, compiled_launches  # noqa: E402
 from ad_core.testing.triton_budget import complaints, main, measure, usage  # noqa: E402
 
-FAST = ("bf16-d64", "bf16-d128", "bf16-d128-decode", "fp32-d64-all")
+FAST = ("bf16-d64", "bf16-d128", "bf16-d128-decode", "fp32-d64-all", "bf16-d128-selected", "bf16-mla", "bf16-select")
 
 
 def variant(name: str) -> dict[str, CompiledLaunch]:
@@ -27,7 +27,8 @@ def variant(name: str) -> dict[str, CompiledLaunch]:
 @pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in aot.variants()])
 def test_a_step_compiles_within_its_budget(name: str) -> None:
     measured = {kernel: usage(launch) for kernel, launch in variant(name).items()}
-    assert {"append_kernel", "decode_kernel"} <= set(measured)
+    kinds = {"mla": {"append_rows_kernel", "latent_kernel", "combine_kernel"}, "select": {"append_rows_kernel", "score_kernel"}}
+    assert kinds.get(name.split("-")[1], {"append_kernel", "decode_kernel"}) <= set(measured)
     assert complaints(name, measured, aot.BUDGET) == []
 
 
@@ -42,6 +43,19 @@ def test_keys_and_values_are_loaded_sixteen_bytes_at_a_time(name: str) -> None:
     wide = [line for line in ptx.splitlines() if "cp.async.cg.shared.global" in line and "0x10" in line]
     assert len(wide) >= 8
     assert "mma.sync" in ptx
+
+
+@pytest.mark.parametrize("name", ["bf16-mla", "bf16-mla-selected"])
+def test_latent_rows_are_loaded_wide_and_multiplied_by_warpgroups(name: str) -> None:
+    """Once for single tokens and once for chunks; the loads are shared by both products."""
+    with compiled_launches() as compiled:
+        aot.variants()[name]()
+    launches = [launch for launch in compiled if launch.kernel == "latent_kernel"]
+    assert len(launches) == 2
+    for launch in launches:
+        assert "wgmma.mma_async" in launch.ptx
+        assert launch.local_bytes == 0
+        assert sum("cp.async.cg.shared.global" in line and "0x10" in line for line in launch.ptx.splitlines()) >= 8
 
 
 def test_pure_decode_launches_no_prefill() -> None:

@@ -1,4 +1,4 @@
-"""Runs the two Triton suites beside this file in processes of their own, with Triton's interpreter on."""
+"""Runs the Triton suites beside this file in processes of their own, with Triton's interpreter on."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ import pytest
 
 HERE = Path(__file__).parent
 QUICK = "everything and (cached_op or supports or float64 or padding or mutation or dirty_memory or independence)"
+QUICK_LATENT = (
+    "TestLatent and (selected_sinks and (cached_op or float64 or padding) or window_sinks and float64) or "
+    "TestSelected and sinks and (cached_op or float64) or few and (cached_op or float64) or equal_scores or side_by_side or "
+    "merged and sinks"
+)
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 
@@ -33,6 +38,11 @@ def test_the_kernel_keeps_the_contract() -> None:
     run("triton_conformance_suite.py", "-k", QUICK)
 
 
+def test_latent_and_sparse_attention_keep_the_contract() -> None:
+    run("triton_latent_suite.py", "-k", QUICK_LATENT)
+
+
 @pytest.mark.slow
-def test_the_kernel_keeps_the_contract_in_every_case() -> None:
-    run("triton_conformance_suite.py")
+@pytest.mark.parametrize("suite", ["triton_conformance_suite.py", "triton_latent_suite.py"])
+def test_the_kernels_keep_the_contract_in_every_case(suite: str) -> None:
+    run(suite)

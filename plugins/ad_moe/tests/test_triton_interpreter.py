@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 
 SUITE = Path(__file__).with_name("triton_conformance_suite.py")
-QUICK = "schedule or odd_lengths and 7 or interleaved and (oracle and float32 or padding)"
+QUICK = (
+    "schedule or odd_lengths and 7 or interleaved and (oracle and float32 or padding) or "
+    "TestTritonLinear and (stray and float64 or apart and padding)"
+)
 
 pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
 

@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from ad_moe import plugin
 from ad_moe.gating import ACTIVATIONS
 from ad_moe.kernels import triton_launch
-from ad_moe.testing import CASES, case
+from ad_moe.testing import CASES, LINEAR_CASES, case
 
 from .oracle import experts
 
@@ -28,6 +28,27 @@ class TestTriton(OpConformance):
     cases = "ad_moe.testing:CASES"
     kernels = ("moe.triton",)
     min_checks = 230
+
+
+class TestTritonLinear(OpConformance):
+    op = "ad_moe.moe:RoutedLinear"
+    cases = "ad_moe.testing:LINEAR_CASES"
+    kernels = ("moe.linear.triton",)
+    min_checks = 34
+
+
+@pytest.mark.parametrize("each", LINEAR_CASES, ids=lambda each: each.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_projection_is_each_choices_token_times_its_weight(dtype, each):
+    """One choice at a time; more tokens than a block has, and experts that are chosen by nobody."""
+    arguments = each.arguments(1, 90, dtype)
+    (result,) = invoke(torch.ops.ad_moe.routed_linear_triton.default, arguments)
+    tokens, weight = arguments["tokens"].double(), arguments["weight"].double()
+    for place, choices in enumerate(arguments["selected"][0].tolist()):
+        for choice, expert in enumerate(choices):
+            token = tokens[0, place, choice] if tokens.dim() == 4 else tokens[0, place]
+            wanted = weight[expert] @ token if expert < len(weight) else torch.zeros(12, dtype=torch.float64)
+            assert float((result[0, place, choice].double() - wanted).abs().max()) <= TOLERANCE[dtype] * max(1.0, float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("each", [each for each in (*CASES, *EVERY_GATE) if each.name != "normed"], ids=lambda each: each.name)

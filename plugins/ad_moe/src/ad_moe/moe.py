@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from ad_core.api import CanonicalOp, ShardRule
 from ad_moe.kernels.native_moe import NativeExperts, NativeRoutedLinear
 from ad_moe.kernels.torch_ref import TorchExperts, TorchRoutedLinear
-from ad_moe.kernels.triton_moe import TritonExperts
+from ad_moe.kernels.triton_moe import TritonExperts, TritonRoutedLinear
 from ad_moe.linear import LINEAR_ROLES, routed_linear
 from ad_moe.match import LINEAR_SEAMS, SEAMS
 from ad_moe.op import ROLES, moe
@@ -34,7 +34,7 @@ class RoutedLinear(CanonicalOp):
     op = routed_linear
     roles = LINEAR_ROLES
     matchers = LINEAR_SEAMS
-    kernels = (TorchRoutedLinear(), NativeRoutedLinear())
+    kernels = (TorchRoutedLinear(), NativeRoutedLinear(), TritonRoutedLinear())
 
     def shard_rules(self) -> Sequence[ShardRule]:
         return (LINEAR_EXPERTS,)

@@ -12,17 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ad_attention.kernels.triton_ops import LOG2E, decode_row, first_key
+from ad_attention.kernels.triton_ops import LOG2E, decode_row, first_key, key_splits
 from ad_attention.kernels.triton_tile import attend
-
-
-@triton.jit
-def _splits(position, WINDOW: tl.constexpr, CHUNK: tl.constexpr, S: tl.constexpr, MIN_SPLIT: tl.constexpr, BLOCK_N: tl.constexpr):
-    """How the keys that `position` sees are cut: (first key of the first split, keys a split, number of splits)."""
-    begin = first_key(position, WINDOW, CHUNK) // BLOCK_N * BLOCK_N
-    tiles = tl.cdiv(position + 1 - begin, BLOCK_N)
-    length = tl.maximum(tl.cdiv(tiles, S), MIN_SPLIT // BLOCK_N) * BLOCK_N
-    return begin, length, tl.cdiv(position + 1 - begin, length)
 
 
 @triton.jit(do_not_specialize=["num_sequences", "page_stride"])
@@ -38,6 +29,7 @@ def decode_kernel(
     alibi_slopes,
     rel_bias,
     distance_bias,
+    selected,  # [T, CHOICES]: keys that a row sees, negative ones are none; or None
     cu_seqlens,  # [B + 1]
     context_lens,  # [B]
     page_table,  # [B, P]
@@ -47,9 +39,10 @@ def decode_kernel(
     page_stride,
     scale,
     softcap,
-    BY_ROW: tl.constexpr,
+    ITEMS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHOICES: tl.constexpr,
     DISTANCES: tl.constexpr,
     EXTENT: tl.constexpr,
     OWN_SINKS: tl.constexpr,
@@ -68,10 +61,10 @@ def decode_kernel(
 ):
     """Grid [R, G * head blocks, workers]. Worker w has splits w, w + workers, ...: each an attention of its own."""
     item = tl.program_id(0)
-    row, sequence, position = decode_row(cu_seqlens, context_lens, num_sequences, item, BY_ROW)
+    row, sequence, position = decode_row(cu_seqlens, context_lens, num_sequences, item, ITEMS)
     if row < 0:
         return
-    first, split_length, count = _splits(position, WINDOW, CHUNK, S, MIN_SPLIT, BLOCK_N)
+    first, last, split_length, count = key_splits(position, position, WINDOW, CHUNK, CHOICES, S, MIN_SPLIT, BLOCK_N)
     if tl.program_id(2) >= tl.maximum(count, 1):
         return
 
@@ -90,6 +83,7 @@ def decode_kernel(
         other=0.0,
     )
     page_row = page_table + sequence.to(tl.int64) * page_stride
+    chosen = None if selected is None else selected + row.to(tl.int64) * CHOICES
 
     # A row of padding has no split, but with S = 1 somebody must write its zeros.
     for split in range(tl.program_id(2), tl.maximum(count, 1) if S == 1 else count, tl.num_programs(2)):
@@ -108,12 +102,14 @@ def decode_kernel(
             row_max,
             row_sum,
             begin,
-            tl.minimum(begin + split_length, position + 1),
+            tl.minimum(begin + split_length, last),
             first_key(position, WINDOW, CHUNK),
+            position,
             positions,
             heads,
             kv_head,
             page_row,
+            chosen,
             key_pages,
             value_pages,
             key_bias_pages,
@@ -156,10 +152,11 @@ def combine_kernel(
     cu_seqlens,
     context_lens,
     num_sequences,
-    BY_ROW: tl.constexpr,
+    ITEMS: tl.constexpr,
     OWN_SINKS: tl.constexpr,
     WINDOW: tl.constexpr,
     CHUNK: tl.constexpr,
+    CHOICES: tl.constexpr,
     H: tl.constexpr,
     DV: tl.constexpr,
     S: tl.constexpr,
@@ -170,10 +167,10 @@ def combine_kernel(
 ):
     """Grid [R, H]: merges the splits of one row and head, in their order. Writes zeros for a row of padding."""
     item, head = tl.program_id(0), tl.program_id(1)
-    row, _, position = decode_row(cu_seqlens, context_lens, num_sequences, item, BY_ROW)
+    row, _, position = decode_row(cu_seqlens, context_lens, num_sequences, item, ITEMS)
     if row < 0:
         return
-    _, _, count = _splits(position, WINDOW, CHUNK, S, MIN_SPLIT, BLOCK_N)
+    _, _, _, count = key_splits(position, position, WINDOW, CHUNK, CHOICES, S, MIN_SPLIT, BLOCK_N)
     split = tl.arange(0, BLOCK_S)
     dv = tl.arange(0, BLOCK_DV)
     # Splits that do not exist hold what another step left there.

@@ -5,20 +5,15 @@ Importing this module needs triton; `triton_paged` does so at the first call.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
-
 import torch
 import triton
 
 from ad_attention.kernels.triton_append import append_kernel
 from ad_attention.kernels.triton_decode import combine_kernel, decode_kernel
-from ad_attention.kernels.triton_ops import INTERPRET, LOG2E
+from ad_attention.kernels.triton_host import FP_FUSION, device_of, multiprocessors, unit_stride
+from ad_attention.kernels.triton_ops import LOG2E
 from ad_attention.kernels.triton_prefill import prefill_kernel
 from ad_attention.kernels.triton_tiles import MIN_SPLIT, PACK_LIMIT, block, decode_tiles, prefill_tiles
-
-FP_FUSION = {"enable_fp_fusion": True}
-"""Said aloud, because Triton's default changes between releases."""
 
 
 def attention(
@@ -47,16 +42,18 @@ def attention(
     key_bias: torch.Tensor | None = None,
     distance_bias: torch.Tensor | None = None,
     query_sinks: torch.Tensor | None = None,
+    selected: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The body of `ad_attention::attention_triton`; shapes and mutation are told in `triton_paged`."""
-    query, key, value = (_unit_stride(tensor) for tensor in (query, key, value))
+    """The body of `ad_attention::attention_triton`; shapes and mutation are told in `triton_paged`. With `selected` [1, T, K], that of
+    `ad_attention::selected_triton`."""
+    query, key, value = (unit_stride(tensor) for tensor in (query, key, value))
     _, T, H, D = query.shape
     G, DV = value.shape[2:]
     B = cu_seqlens.shape[0] - 1
     output = query.new_empty(1, T, H, DV)
     if T == 0 or B == 0:
         return output.zero_()
-    with _device(query):
+    with device_of(query):
         if append:
             _append(key, value, key_bias, key_pages, value_pages, key_bias_pages, token_slots, cu_seqlens)
         if rel_bias is not None:
@@ -68,6 +65,8 @@ def attention(
         inputs = (query, key_pages, value_pages, key_bias_pages)
         slopes, own_bias = (None if tensor is None else tensor.contiguous() for tensor in (alibi_slopes, distance_bias))
         biases = (slopes, rel_bias, own_bias)
+        choices = None if selected is None else selected.shape[2]
+        lists = None if selected is None else selected.contiguous()
         lengths = (cu_seqlens, context_lens, page_table)
         strides = (query.stride(1), query.stride(2), page_table.stride(0))
         scales = (scale * LOG2E.value, None if softcap is None else softcap * LOG2E.value)
@@ -91,30 +90,35 @@ def attention(
         head_programs = G * -(-(H // G) // pack)
 
         # With T <= B every row is treated as a query of its own: right for any mixture, and the whole of the work in a
-        # step of pure decode. With T > B sequences of one token go that way, the others to the prefill kernel.
+        # step of pure decode. With T > B sequences of one token go that way, the others to the prefill kernel or, if each
+        # token has its own keys, to the decode kernel too, without splits.
         by_row = T <= B
-        items = T if by_row else B
+        items, kind = (T, "rows") if by_row else (B, "singles")
         splits = 1 if partial_lse is None else partial_lse.shape[-1]
         tiles = decode_tiles(D, DV, query.element_size())
-        workers = min(splits, -(-4 * _multiprocessors(query.device) // (items * head_programs)))
+        cut = {"MIN_SPLIT": MIN_SPLIT, "CHOICES": choices}
+        workers = min(splits, -(-4 * multiprocessors(query.device) // (items * head_programs)))
         decode_kernel[(items, head_programs, workers)](
-            output, partial_output, partial_lse, *inputs, sinks if splits == 1 else None, *biases, *lengths, B, *strides, *scales,
-            BY_ROW=by_row, S=splits, MIN_SPLIT=MIN_SPLIT, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages, **constants,
+            output, partial_output, partial_lse, *inputs, sinks if splits == 1 else None, *biases, lists, *lengths, B, *strides, *scales,
+            ITEMS=kind, S=splits, **cut, **tiles.launch, **constants,
         )  # fmt: skip
         if splits > 1:
             combine_kernel[(items, H)](
                 output, partial_output, partial_lse, sinks, cu_seqlens, context_lens, B,
-                BY_ROW=by_row, OWN_SINKS=query_sinks is not None, WINDOW=window, CHUNK=chunk, H=H, DV=DV, S=splits,
-                MIN_SPLIT=MIN_SPLIT, BLOCK_N=tiles.block_n, BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=block(DV),
-                num_warps=4, **FP_FUSION,
+                ITEMS=kind, OWN_SINKS=query_sinks is not None, WINDOW=window, CHUNK=chunk, H=H, DV=DV, S=splits, BLOCK_N=tiles.block_n,
+                BLOCK_S=triton.next_power_of_2(splits), BLOCK_DV=block(DV), num_warps=4, **cut, **FP_FUSION,
             )  # fmt: skip
-        if not by_row:
+        if selected is not None and not by_row:
+            decode_kernel[(T, head_programs, 1)](
+                output, None, None, *inputs, sinks, *biases, lists, *lengths, B, *strides, *scales,
+                ITEMS="several", S=1, **cut, **tiles.launch, **constants,
+            )  # fmt: skip
+        elif not by_row:
             tiles = prefill_tiles(D, DV, query.element_size())
             blocks = -(-T // (tiles.block_m // pack)) + B
             prefill_kernel[(blocks, head_programs)](
                 output, *inputs, sinks, *biases, *lengths, T, B, *strides, *scales,
-                BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, num_warps=tiles.num_warps, num_stages=tiles.num_stages, **constants,
+                **tiles.launch, **constants,
             )  # fmt: skip
     return output
 
@@ -139,23 +143,3 @@ def _append(
         key.stride(1), key.stride(2), value.stride(1), value.stride(2), *bias_strides,
         G=G, D=D, DV=DV, BLOCK_G=block_g, BLOCK_D=block(D), BLOCK_DV=block(DV), num_warps=4, **FP_FUSION,
     )  # fmt: skip
-
-
-def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _device(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type != "cuda" or not torch.cuda.is_initialized():
-        return nullcontext()
-    return torch.cuda.device(tensor.device)
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    """Programs that run side by side: asked of Triton's driver, so that a stand-in for a GPU can answer. One in the interpreter."""
-    if INTERPRET.value:
-        return 1
-    count: int = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["multiprocessor_count"]
-    return count

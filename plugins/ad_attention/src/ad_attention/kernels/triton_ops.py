@@ -77,23 +77,64 @@ def sequence_of(cu_seqlens, num_sequences, index, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def decode_row(cu_seqlens, context_lens, num_sequences, index, BY_ROW: tl.constexpr):
-    """Which query a program of the decode kernels works on: (row, sequence, position).
+def decode_row(cu_seqlens, context_lens, num_sequences, index, ITEMS: tl.constexpr):
+    """Which query a program of the decode kernels works on: (row, sequence, position). Row -1: none, another launch has it.
 
-    BY_ROW: item `index` is row `index`, whatever its sequence; a padding row has position -1 and so sees no key.
-    Else it is sequence `index`, and row is -1 unless that has exactly one token: the prefill kernel has the others.
+    Work item `index` is by ITEMS
+    "rows":     row `index`, whatever its sequence; a padding row has position -1 and so sees no key;
+    "several":  the same, but none if the row is its sequence's only one;
+    "singles":  the row of sequence `index`, none unless that has exactly one.
     """
-    if BY_ROW:
+    if ITEMS == "singles":
+        sequence = index
+        begin = tl.load(cu_seqlens + sequence)
+        length = tl.load(cu_seqlens + sequence + 1) - begin
+        row = tl.where(length == 1, begin, -1)
+        position = tl.load(context_lens + sequence)
+    else:
         owner = sequence_of(cu_seqlens, num_sequences, index, None)
         sequence = tl.minimum(owner, num_sequences - 1)
         context = tl.load(context_lens + sequence)
         begin = tl.load(cu_seqlens + sequence)
         row = index
         position = tl.where(owner < num_sequences, context + index - begin, -1)
-    else:
-        sequence = index
-        begin = tl.load(cu_seqlens + sequence)
-        length = tl.load(cu_seqlens + sequence + 1) - begin
-        row = tl.where(length == 1, begin, -1)
-        position = tl.load(context_lens + sequence)
+        if ITEMS == "several":
+            length = tl.load(cu_seqlens + sequence + 1) - begin
+            row = tl.where((length == 1) & (position >= 0), -1, row)
     return row, sequence, position
+
+
+@triton.jit
+def key_splits(
+    first_position,
+    last_position,
+    WINDOW: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHOICES: tl.constexpr,
+    S: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """How the keys of queries at `first_position` to `last_position` are cut: (begin, end, keys a split, number of splits).
+
+    Keys are counted by their place in the sequence or, with CHOICES, in the one query's list of so many. Padding has none.
+    """
+    if CHOICES is None:
+        begin = first_key(first_position, WINDOW, CHUNK) // BLOCK_N * BLOCK_N
+        end = last_position + 1
+    else:
+        begin = last_position * 0
+        end = tl.where(last_position < 0, 0, CHOICES)
+    length = tl.maximum(tl.cdiv(tl.cdiv(end - begin, BLOCK_N), S), MIN_SPLIT // BLOCK_N) * BLOCK_N
+    return begin, end, length, tl.cdiv(end - begin, length)
+
+
+@triton.jit
+def soften(scores, row_max, row_sum):
+    """A step of the online softmax over scores [M, N] in log2 units: (weights, decay of earlier sums, new row_max, new row_sum)."""
+    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
+    # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
+    origin = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.exp2(scores - origin[:, None])
+    decay = tl.exp2(row_max - origin)
+    return weights, decay, new_max, row_sum * decay + tl.sum(weights, axis=1)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ad_attention.kernels.distance import distance_buckets, parse_rule
+from ad_attention.kernels.triton_device import refuse_cpu, unsupported
 from ad_attention.kernels.triton_tiles import MAX_HEAD_DIM, num_splits
-from ad_core.api import AdError, BufferSpec, Declined, Environment, Kernel, Limits, OpCall
+from ad_core.api import BufferSpec, Declined, Environment, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
 
 if TYPE_CHECKING:
@@ -35,16 +36,10 @@ Returns [1, T, H, DV], contiguous, in query's dtype; rows past `cu_seqlens[B]` a
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **arguments: Any) -> torch.Tensor:
+    refuse_cpu(query, "ad_attention::attention_triton")
     # Here and not above: a machine without triton can still list this kernel and read why it is not used.
     from ad_attention.kernels import triton_launch
 
-    if query.device.type == "cpu" and not triton_launch.INTERPRET.value:
-        raise AdError(
-            "a Triton kernel was given CPU tensors",
-            where="ad_attention::attention_triton",
-            why="Triton compiles for GPUs; on the CPU its interpreter must be on before the kernels are imported",
-            hint="set TRITON_INTERPRET=1 before the process starts, or choose another kernel",
-        )
     arguments.pop("rel_bias_rule", None)
     return triton_launch.attention(query, key, value, **arguments)
 
@@ -68,11 +63,8 @@ class TritonPaged(Kernel):
     graph = "full"
 
     def supports(self, call: OpCall, environment: Environment) -> Declined | None:
-        if environment.device == "cpu" and not environment.interpret:
-            return Declined("Triton kernels run on the CPU only in Triton's interpreter (TRITON_INTERPRET=1)")
-        if environment.capability is not None and environment.capability < (8, 0):
-            found = ".".join(map(str, environment.capability))
-            return Declined(f"needs compute capability 8.0 (bfloat16 matrix units), the device has {found}")
+        if (declined := unsupported(environment)) is not None:
+            return declined
         widest = max(int(call["query"].shape[-1]), int(call["value"].shape[-1]))
         if widest > MAX_HEAD_DIM:
             return Declined(f"a head of {widest} does not fit the registers; {MAX_HEAD_DIM} is the largest")

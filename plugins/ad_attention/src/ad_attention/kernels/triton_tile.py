@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ad_attention.kernels.triton_ops import LOG2E, dot, first_key, load_tile, slots_of, tanh
+from ad_attention.kernels.triton_ops import LOG2E, dot, first_key, load_tile, slots_of, soften, tanh
 
 
 @triton.jit
@@ -20,10 +20,12 @@ def attend(
     begin,  # first key, a multiple of BLOCK_N, so that tiles are the same in every step
     end,  # one past the last key
     load_first,  # keys before it may lie in freed pages: not even loaded
+    load_last,  # a list of keys may have later ones: not loaded either
     positions,  # [M]: the row's place in its sequence, -1 for a row of padding
     heads,  # [M]: the row's query head, valid also for padding
     kv_head,
     page_row,  # page_table[b]
+    chosen,  # the one token's list of keys, which begin and end then count, or None
     key_pages,  # [pages, PAGE_SIZE, G, D]
     value_pages,  # [pages, PAGE_SIZE, G, DV]
     key_bias_pages,  # [pages, PAGE_SIZE, G] or None
@@ -55,7 +57,11 @@ def attend(
     for start in tl.range(begin, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         # Masked where loaded, not only where scored: what lies outside was perhaps never written, and 0 * NaN is NaN.
-        there = (n >= load_first) & (n < end)
+        if chosen is not None:
+            n = tl.load(chosen + n, mask=n < end, other=-1).to(tl.int32)
+            there = (n >= load_first) & (n <= load_last)
+        else:
+            there = (n >= load_first) & (n < end)
         slots = slots_of(page_row, n, there, PAGE_SIZE)
         entries = slots * G + kv_head
         keys = load_tile(key_pages + entries[None, :] * D + d[:, None], there[None, :] & (d < D)[:, None], MASKED or BLOCK_D != D)  # [D, N]
@@ -83,12 +89,6 @@ def attend(
             seen = (n[None, :] <= positions[:, None]) & (n[None, :] >= first_key(positions, WINDOW, CHUNK)[:, None])
             scores = tl.where(seen, scores, float("-inf"))
 
-        new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-        # A row that has seen nothing yet has maximum -inf, and -inf - -inf is NaN.
-        origin = tl.where(new_max == float("-inf"), 0.0, new_max)
-        weights = tl.exp2(scores - origin[:, None])
-        decay = tl.exp2(row_max - origin)
-        row_sum = row_sum * decay + tl.sum(weights, axis=1)
+        weights, decay, row_max, row_sum = soften(scores, row_max, row_sum)
         acc = dot(weights.to(q.dtype), values.to(q.dtype), acc * decay[:, None])
-        row_max = new_max
     return acc, row_max, row_sum

@@ -24,6 +24,11 @@ class Tiles:
     num_warps: int
     num_stages: int
 
+    @property
+    def launch(self) -> dict[str, int]:
+        """As arguments of a launch."""
+        return {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 def block(size: int) -> int:
     """The padded size of a head: a power of two, at least 16, as matrix instructions want it."""

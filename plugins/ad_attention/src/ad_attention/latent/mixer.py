@@ -7,6 +7,7 @@ from typing import Any
 
 from ad_attention.latent.op import ROLES, mla
 from ad_attention.latent.torch_kernel import TorchLatent
+from ad_attention.latent.triton_kernel import TritonLatent
 from ad_core.api import Mixer, OpCall, PagedTokens, Resource, ShardRule
 
 HEADS = ShardRule(
@@ -25,7 +26,7 @@ class LatentAttention(Mixer):
     name = "attention.mla"
     op = mla
     roles = ROLES
-    kernels = (TorchLatent(),)
+    kernels = (TorchLatent(), TritonLatent())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         width = int(call["latent"].shape[2]) + int(call["k_rope"].shape[2])

@@ -9,6 +9,8 @@ from ad_attention.sparse.match import IndexerMatcher
 from ad_attention.sparse.op import SELECT_ROLES, SELECTED_ROLES, select, selected
 from ad_attention.sparse.torch_select import TorchSelect
 from ad_attention.sparse.torch_selected import TorchSelected
+from ad_attention.sparse.triton_select import TritonSelect
+from ad_attention.sparse.triton_selected import TritonSelected
 from ad_core.api import Mixer, OpCall, PagedTokens, Resource, ShardRule
 
 HEADS = ShardRule(
@@ -28,7 +30,7 @@ class Select(Mixer):
     op = select
     roles = SELECT_ROLES
     matchers = (IndexerMatcher(),)
-    kernels = (TorchSelect(),)
+    kernels = (TorchSelect(), TritonSelect())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         return {"index_pages": PagedTokens((int(call["key"].shape[2]),), call["key"].dtype, every=call["every"])}
@@ -43,7 +45,7 @@ class Selected(Mixer):
     name = "attention.selected"
     op = selected
     roles = SELECTED_ROLES
-    kernels = (TorchSelected(),)
+    kernels = (TorchSelected(), TritonSelected())
 
     def resources(self, call: OpCall, options: Mapping[str, Any]) -> Mapping[str, Resource]:
         sources = {"key_pages": call["key"], "value_pages": call["value"]}

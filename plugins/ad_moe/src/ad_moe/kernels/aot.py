@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ad_moe.gating import Gating
-from ad_moe.kernels.triton_launch import experts
+from ad_moe.kernels.triton_launch import experts, linear
 
 BUDGET = Path(__file__).with_name("aot_budget.json")
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
@@ -22,7 +22,7 @@ CLAMPED = Gating(layout="interleaved", alpha=1.702, limit=7.0, offset=1.0)
 
 
 def variants() -> Mapping[str, Callable[[], object]]:
-    """Calls by name. Under `ad_core.testing.triton.compiled_launches` each compiles the two kernels of one step."""
+    """Calls by name. Under `ad_core.testing.triton.compiled_launches` each compiles the kernels of one step."""
     return {
         "bf16-decode": partial(_step, BF16, tokens=4),
         "bf16-chunk": partial(_step, BF16, tokens=64),
@@ -34,6 +34,9 @@ def variants() -> Mapping[str, Callable[[], object]]:
         "fp16-prefill": partial(_step, FP16, tokens=512),
         "fp32-decode": partial(_step, FP32, tokens=4),
         "fp32-prefill": partial(_step, FP32, tokens=512),
+        "bf16-linear-decode": partial(_linear, BF16, tokens=4),
+        "bf16-linear-prefill": partial(_linear, BF16, tokens=512),
+        "fp32-linear-prefill": partial(_linear, FP32, tokens=512),
     }
 
 
@@ -70,3 +73,9 @@ def _step(
         False,
         gating,
     )
+
+
+def _linear(dtype: torch.dtype, *, tokens: int, depth: int = 512, width: int = 256) -> torch.Tensor:
+    """Likewise, of one projection."""
+    floats: Any = partial(torch.zeros, dtype=dtype)
+    return linear(floats(1, tokens, depth), torch.zeros(1, tokens, 2, dtype=torch.int64), floats(8, width, depth))

@@ -1,4 +1,5 @@
-"""The two grouped products of routed experts: gather, gate and up with the gate fused; down with the router's weight fused.
+"""The grouped products of routed experts: gather, gate and up with the gate fused; down, or one projection alone, with the router's
+weight fused.
 
 N choices in the order of their experts; a block is BLOCK_M of them with one expert. T tokens, D their width, I inner width, O output width.
 """
@@ -89,7 +90,7 @@ def up_kernel(
 @triton.jit
 def down_kernel(
     results,  # [T * choices, O], written where a choice is an expert's
-    hidden,  # [N, I]
+    hidden,  # [N, I]; with SHARED of what SHARED choices next to each other have in common, [T * choices / SHARED, I]
     weights,  # [T * choices], read unless WEIGH
     order,
     blocks,
@@ -100,6 +101,7 @@ def down_kernel(
     down_k,
     I: tl.constexpr,  # noqa: E741
     O: tl.constexpr,  # noqa: E741
+    SHARED: tl.constexpr,
     WEIGH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -116,7 +118,7 @@ def down_kernel(
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     MASKED: tl.constexpr = (I % BLOCK_K != 0) or (O % BLOCK_N != 0)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    inner = hidden + row.to(tl.int64)[:, None] * I
+    inner = hidden + (row if SHARED is None else place // SHARED).to(tl.int64)[:, None] * I
     for start in tl.range(0, I, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         h = tl.load(inner + k[None, :], mask=live[:, None] & (k < I)[None, :], other=0.0)

@@ -84,11 +84,29 @@ def experts(
             )  # fmt: skip
             down_kernel[(blocks.shape[0], -(-width // size.block_n))](
                 results, hidden, scale, order, blocks, down, None if down_bias is None else down_bias.contiguous(), *down.stride(),
-                I=inner, O=width, **common, **launch,
+                I=inner, O=width, SHARED=None, **common, **launch,
             )  # fmt: skip
     if choices > 1:
         results = results.view(-1, choices, width).sum(1)  # PyTorch sums half precision in float32
     return results.to(tokens.dtype).view(*tokens.shape[:-1], width)
+
+
+def linear(tokens: torch.Tensor, selected: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The body of `ad_moe::routed_linear_triton`: [.., D] or [.., K, D] -> [.., K, O]."""
+    shared = 1 if tokens.dim() > selected.dim() else selected.shape[-1]
+    x, number = tokens.reshape(-1, tokens.shape[-1]).contiguous(), selected.numel()
+    num_experts, width, depth = weight.shape
+    results = x.new_zeros(number, width)
+    if number:
+        size = tiles(number, num_experts, x.element_size(), interleaved=False)
+        order, blocks = schedule(selected, num_experts, size.block_m)
+        with _device(x):
+            down_kernel[(blocks.shape[0], -(-width // size.block_n))](
+                results, x, None, order, blocks, weight, None, *weight.stride(),
+                I=depth, O=width, SHARED=shared, WEIGH=True, BLOCK_M=size.block_m, BLOCK_N=size.block_n, BLOCK_K=size.block_k,
+                num_warps=size.num_warps, num_stages=size.num_stages, **FP_FUSION,
+            )  # fmt: skip
+    return results.view(*selected.shape, width)
 
 
 def schedule(selected: torch.Tensor, num_experts: int, block_m: int) -> tuple[torch.Tensor, torch.Tensor]:
