@@ -139,7 +139,8 @@ class _Flattener:
 
     def _fill(self, node: Node) -> Node:
         """What a buffer holds after it was filled. A copy, for what it was filled with may be written to later."""
-        value = self._graph.call_function(torch.ops.aten.clone.default, (self._get(node.args[1]),))  # type: ignore[arg-type]
+        source = self._get(node.args[1])  # type: ignore[arg-type]
+        value = self._graph.call_function(torch.ops.aten.to.dtype, (source, node.meta["val"].dtype), {"copy": True})
         value.meta = {"val": node.meta["val"], "nn_module_stack": self._module_stack(node, "", "")}
         return value
 
@@ -225,8 +226,8 @@ def _writes(program: ExportedProgram) -> Iterator[tuple[Node, Node]]:
 
 
 def _filled_anew(program: ExportedProgram) -> set[Node]:
-    """The buffers that are only ever written to as a whole, in their own dtype and shape, and for the first time before they are read:
-    no call sees what the one before it left there."""
+    """The buffers that are only ever written to as a whole, and for the first time before they are read: no call sees what the one before
+    it left there."""
     buffers = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.BUFFER}
     found: set[Node] = set()
     for node, owner in _writes(program):
@@ -237,10 +238,8 @@ def _filled_anew(program: ExportedProgram) -> set[Node]:
 
 
 def _fills(node: Node, owner: Node) -> bool:
-    if node.target is not _FILL or node.args[0] is not owner or not isinstance(node.args[1], Node):
-        return False
-    new, old = node.args[1].meta["val"], owner.meta["val"]
-    return bool(new.shape == old.shape and new.dtype == old.dtype)
+    source = node.args[1] if node.target is _FILL and node.args[0] is owner else None
+    return isinstance(source, Node) and bool(source.meta["val"].shape == owner.meta["val"].shape)
 
 
 def _owner(node: Node) -> Node:

@@ -76,8 +76,9 @@ class _Answers(TorchFunctionMode):
             return self._decided[id(first)]
         if func is torch.Tensor.__bool__ and known is not None and known.low > 0:
             return True
-        if func in (torch.where, torch.Tensor.where) and id(first) in self._decided and len(args) == 3 and _alike(*args[1:]):
-            return args[1] if self._decided[id(first)] else args[2]
+        if func in (torch.where, torch.Tensor.where) and id(first) in self._decided and len(args) == 3 and _same_shape(*args[1:]):
+            chosen: torch.Tensor = args[1] if self._decided[id(first)] else args[2]
+            return chosen.to(torch.promote_types(args[1].dtype, args[2].dtype))
         result = func(*args, **kwargs)
         if known is not None and isinstance(result, torch.Tensor):
             self._follow(func, args[1:], kwargs, known, result)
@@ -108,9 +109,8 @@ class _Answers(TorchFunctionMode):
         return long if self._horizon.beyond else short
 
 
-def _alike(one: Any, other: Any) -> bool:
-    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
-    return both and one.shape == other.shape and one.dtype == other.dtype
+def _same_shape(one: Any, other: Any) -> bool:
+    return isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor) and one.shape == other.shape
 
 
 def _same(one: GraphModule, other: GraphModule) -> bool:

@@ -46,6 +46,14 @@ class Kept(Tables):
         return self.table
 
 
+class Narrow(Kept):
+    """Keeps its table in a narrower dtype than the one it is made in, as after a cast of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.short = self.table.bfloat16(), self.short.bfloat16()
+
+
 class Asking(Tables):
     """Asks in many ways and spellings, and makes the same of every answer beyond SHORT."""
 
@@ -79,7 +87,7 @@ def equal(model: nn.Module, max_length: int, length: int) -> None:
         torch.testing.assert_close(models.run(graph, ids), model(ids))
 
 
-@pytest.mark.parametrize("kind", [Tables, Kept, Asking])
+@pytest.mark.parametrize("kind", [Tables, Kept, Narrow, Asking])
 def test_up_to_where_the_table_changes_the_short_one_is_the_graphs(kind):
     equal(kind(), SHORT, SHORT)
 
