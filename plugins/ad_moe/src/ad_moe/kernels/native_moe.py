@@ -68,17 +68,35 @@ def routed(
 ) -> torch.Tensor:
     """What stands around the products, whatever computes them: `up_product` takes rows, how many choices share one, weight and bias,
     and gives a row for each choice; `down_product` takes and gives one for each."""
-    choices, dtype = selected.shape[-1], torch.promote_types(tokens.dtype, torch.float32)
+    choices = selected.shape[-1]
     x, share, scale = tokens.flatten(0, -2), choices, weights.reshape(-1, 1)  # [T, D], [T * K, 1]
     if weigh_input:
         x, share = x.repeat_interleave(choices, 0) * scale.to(x.dtype), 1
     aside = None if gate is None else up_product(x, share, gate, None)
-    result = down_product(Gating(*gating)(up_product(x, share, up, up_bias), aside))  # [T * K, O]
+    result = down_product(_gated(Gating(*gating), up_product(x, share, up, up_bias), aside))  # [T * K, O]
     if norm is not None:
         result = post_norm(result, norm, norm_eps)
-    shares = torch.ones_like(scale) if weigh_input else scale
-    total = torch.bmm(shares.to(dtype).view(-1, 1, choices), result.to(dtype).unflatten(0, (-1, choices)))
-    return total.to(tokens.dtype).view(*tokens.shape[:-1], -1)
+    out = tokens.new_empty(*tokens.shape[:-1], result.shape[1])
+    factors = None if weigh_input else scale.float().contiguous()
+    _sums(tokens.dtype)(
+        result.data_ptr(),
+        0 if factors is None else factors.data_ptr(),
+        out.data_ptr(),
+        x.shape[0] * share // choices,
+        choices,
+        out.shape[-1],
+    )
+    return out
+
+
+def _gated(describe: Gating, projected: torch.Tensor, aside: torch.Tensor | None) -> torch.Tensor:
+    """What `describe` says, [N, I]; the gate that most models have in one go."""
+    if aside is not None or not describe.plain:
+        return describe(projected, aside)
+    rows, inner = projected.shape[0], projected.shape[1] // 2
+    out = projected.new_empty(rows, inner)
+    _silu(projected.dtype)(projected.data_ptr(), out.data_ptr(), rows, inner, describe.layout == "interleaved")
+    return out
 
 
 def routed_linear_native(tokens: torch.Tensor, selected: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -116,6 +134,16 @@ def _products(
         out.data_ptr(),
     )
     return out
+
+
+@cache
+def _silu(dtype: torch.dtype) -> Callable[..., None]:
+    return LIBRARY.function("silu_and_multiply", "ppiii", dtype)
+
+
+@cache
+def _sums(dtype: torch.dtype) -> Callable[..., None]:
+    return LIBRARY.function("weighted_sums", "pppiii", dtype)
 
 
 @cache

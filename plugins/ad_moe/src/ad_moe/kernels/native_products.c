@@ -104,3 +104,45 @@ void routed_products(const void *x, int64_t x_row, int64_t share, const void *se
     }
     free(begin);
 }
+
+/* Each token's sum over its choices: rows [tokens, choices, Out] by `weights` [tokens, choices], or as they are if there are none. */
+void weighted_sums(const void *rows, const void *weights, void *out, int64_t tokens, int64_t choices, int64_t Out) {
+    const float *factor = weights;
+#pragma omp parallel for if (omp_get_max_threads() > 1 && tokens * choices * Out > 1 << 16)
+    for (int64_t t = 0; t < tokens; t++) {
+        for (int64_t first = 0; first < Out; first += COLUMNS) {
+            const int64_t count = Out - first < COLUMNS ? Out - first : COLUMNS;
+            float sum[COLUMNS] = {0}, part[COLUMNS];
+            for (int64_t k = 0; k < choices; k++) {
+                widen(part, rows, (t * choices + k) * Out + first, count);
+                const float weight = factor ? factor[t * choices + k] : 1;
+                for (int64_t i = 0; i < count; i++) sum[i] += weight * part[i];
+            }
+            narrow(out, t * Out + first, sum, count);
+        }
+    }
+}
+
+/* silu(gate) * up of rows [rows, 2 I], where the gate is the first half or, if `interleaved`, every other number; each rounded as it is
+ * between two operations of PyTorch. */
+void silu_and_multiply(const void *projected, void *out, int64_t rows, int64_t I, int64_t interleaved) {
+#pragma omp parallel for if (omp_get_max_threads() > 1 && rows * I > 1 << 14)
+    for (int64_t row = 0; row < rows; row++) {
+        for (int64_t first = 0; first < I; first += COLUMNS) {
+            const int64_t count = I - first < COLUMNS ? I - first : COLUMNS;
+            float both[2 * COLUMNS], gate[COLUMNS], up[COLUMNS];
+            if (interleaved) {
+                widen(both, projected, (row * I + first) * 2, 2 * count);
+                for (int64_t i = 0; i < count; i++) gate[i] = both[2 * i], up[i] = both[2 * i + 1];
+            } else {
+                widen(gate, projected, row * 2 * I + first, count);
+                widen(up, projected, row * 2 * I + I + first, count);
+            }
+            for (int64_t i = 0; i < count; i++) gate[i] = silu(gate[i]);
+            narrow(both, 0, gate, count);
+            widen(gate, both, 0, count);
+            for (int64_t i = 0; i < count; i++) gate[i] *= up[i];
+            narrow(out, row * I + first, gate, count);
+        }
+    }
+}
