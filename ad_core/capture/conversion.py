@@ -11,28 +11,14 @@ import re
 from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from ad_core.api.errors import CheckpointError
-from ad_core.capture.stacks import stacked
+from ad_core.capture.stacks import Stored, stacked
 from ad_core.capture.ties import tied_groups
-
-
-class Stored(Protocol):
-    """A tensor that has not been read."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The tensor, in `dtype`."""
-        ...
 
 
 @dataclass

@@ -6,12 +6,24 @@ transformers' own operations collect all of them, stack them, and then join the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
-if TYPE_CHECKING:
-    from ad_core.capture.conversion import Stored
+
+class Stored(Protocol):
+    """A tensor that has not been read."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def read(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The tensor, in `dtype`."""
+        ...
+
 
 _STACK, _JOIN = ("MergeModulelist", 0), ("Concatenate", 1)
 """The operations that are understood: one tensor for each part of a list, stacked; and several such stacks, side by side."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ad_core.cli import options
+from ad_core.cli.facts import cache_bytes, idle_passes, pass_notes
 from ad_core.cli.kinds import kinds, places
 from ad_core.progress import megabytes, memory_words
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from ad_core.plan import PassEntry, Plan
+    from ad_core.plan import Plan
 
 
 def explain(
@@ -94,23 +95,6 @@ def headline(plan: Plan) -> str:
         f"{model['name']}: {model['architecture']}, {model['parameters'] / 1e6:,.0f} M parameters, {model['dtype']}, "
         f"{megabytes(model['weight_bytes'])} of weights, up to {model['max_model_len']} tokens"
     )
-
-
-def cache_bytes(plan: Plan, kind: str) -> int:
-    """What all mixers together keep a token ("pages") or a sequence ("slots")."""
-    return sum(entry.unit_bytes // entry.every for entry in plan.resources if entry.kind == kind)
-
-
-def pass_notes(entry: PassEntry) -> list[str]:
-    """What a pass has to say, the first of many."""
-    said = [*entry.notes[:2], *(f"declined: {reason}" for reason in entry.declined[:2])]
-    said += [f"and {len(entry.declined) - 2} more declined"] if len(entry.declined) > 2 else []
-    return said + ([f"guard: {entry.guard}"] if entry.guard not in ("", "off") else [])
-
-
-def idle_passes(plan: Plan) -> list[str]:
-    """Names of passes that found nothing and have nothing to say."""
-    return [entry.name for entry in plan.passes if not entry.matched and not pass_notes(entry)]
 
 
 def _lines(console: Console, lines: list[tuple[str, str]]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from ad_core.cli.explain import cache_bytes, idle_passes, pass_notes
+from ad_core.cli.facts import cache_bytes, idle_passes, pass_notes
 from ad_core.cli.kinds import Kind, kinds, layers, places
 from ad_core.progress import megabytes
 

@@ -7,7 +7,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from ad_core.cli.explain import cache_bytes, print_plan
+from ad_core.cli.explain import print_plan
+from ad_core.cli.facts import cache_bytes
 from ad_core.cli.kinds import kinds, layers, places
 from ad_core.cli.picture import picture
 from ad_core.plan import Attempt, Claim, Decision, PassEntry, Plan, ResourceEntry
