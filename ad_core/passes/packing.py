@@ -93,6 +93,7 @@ def _packed_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
     rows = x.reshape(-1, inputs)
     if rows.stride(1) != 1:
         rows = rows.contiguous()
+    bias = None if bias is None else bias.contiguous()
     out = x.new_empty(*x.shape[:-1], width)
     _function()(
         rows.data_ptr(),

@@ -21,7 +21,7 @@ from ad_core.testing.poison import poison_
 
 Outputs = tuple[torch.Tensor, ...]
 Layout = Callable[[torch.Tensor], torch.Tensor]
-"""Gives packed tokens [1, T, ...] other strides, or none."""
+"""Gives packed tokens [1, T, ...], or a PARAM argument, other strides, or none."""
 
 
 def bind_arguments(
@@ -82,10 +82,14 @@ class Harness:
         seed: int = 0,
         data_seed: int = 0,
         layout: Layout = torch.Tensor.contiguous,
+        param_layout: Layout = torch.Tensor.contiguous,
     ):
         self.mixer, self.kernel, self.case, self.layout = mixer, kernel, case, layout
         self.device = torch.device(device)
         self.data = on_device(case.arguments(sequences, length, dtype, data_seed), self.device)
+        for name, value in self.data.items():
+            if mixer.roles[name] == Role.PARAM and isinstance(value, torch.Tensor):
+                self.data[name] = param_layout(value)
         self.call = symbolic_call(mixer, case, dtype, device)
         self.limits = Limits(sequences * length + 16, sequences + 4, length, page_size)
         self.resources: Mapping[str, Resource] = mixer.resources(self.call, case.options) if isinstance(mixer, Mixer) else {}

@@ -95,16 +95,29 @@ def ragged(subject: Subject) -> None:
 
 
 def strides(subject: Subject) -> None:
-    """TOKEN arguments lie in memory as the model left them: heads before tokens, part of a wider tensor, or worse."""
+    """TOKEN arguments lie in memory as the model left them: heads before tokens, part of a wider tensor, or worse. So do PARAM arguments,
+    which may be a view of what a checkpoint stores."""
     layouts: dict[str, Layout] = {
         "tokens next to each other": lambda tensor: tensor.transpose(1, -2).contiguous().transpose(1, -2),
         "the last dimension strided": lambda tensor: tensor.transpose(1, -1).contiguous().transpose(1, -1),
-        "a slice of something wider": lambda tensor: torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]],
+        "a slice of something wider": _part_of_wider,
     }
     for name, layout in layouts.items():
         steps: Steps = [[(0, 9), (1, 2)], [(0, 1), (1, 1)], [(1, 1), (0, 4), (2, 5)]]
         subject.follow(subject.harness(layout=layout), steps, name)
         subject.follow(subject.harness(layout=layout), [[(0, 9)], [(0, 1)]], f"{name}, one sequence")
+    of_params: dict[str, Layout] = {
+        "the first dimension the fastest": lambda tensor: tensor.movedim(0, -1).contiguous().movedim(-1, 0),
+        "numbers apart": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+        "slices of something wider": _part_of_wider,
+    }
+    for name, layout in of_params.items() if Role.PARAM in subject.mixer.roles.values() else ():
+        for steps in ([[(0, 5), (1, 1)], [(0, 1), (1, 1)]], [[(0, 9)], [(0, 1)]]):
+            subject.follow(subject.harness(param_layout=layout), steps, f"PARAM arguments: {name}")
+
+
+def _part_of_wider(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.cat([tensor, tensor], -1)[..., : tensor.shape[-1]]
 
 
 def page_boundary(subject: Subject) -> None:

@@ -242,6 +242,13 @@ def test_inputs_that_are_taken_to_be_contiguous():
     assert red_ema(ema_kernel(flat)) == {"strides"}
 
 
+def test_weights_that_are_taken_to_be_contiguous():
+    def flat(x, decay, *rest):
+        return ema_slots(x, decay.as_strided(decay.shape, (1,)), *rest)
+
+    assert red_ema(ema_kernel(flat)) == {"strides"}
+
+
 def test_uninitialised_memory_that_is_read():
     def reads(x, decay, state, cu_seqlens, state_slots, fresh):
         return ema_slots(x, decay, state, cu_seqlens, state_slots, fresh) + 0 * torch.empty_like(x)

@@ -102,6 +102,28 @@ def test_a_kernel_that_believes_in_contiguous_tokens():
     assert red(first_strides_only) == {"strides"}
 
 
+def by_columns(x, chosen, table):
+    """Takes any table that lies in one piece, by its strides or across them."""
+    strides = (1, table.shape[0]) if table.stride(0) == 1 else (table.shape[1], 1)
+    return lookup_reference(x, chosen, table.as_strided(table.shape, strides))
+
+
+def rows_in_a_row(x, chosen, table):
+    """Makes a copy where numbers lie apart, and believes that rows do not."""
+    table = table if table.stride(1) == 1 else table.contiguous()
+    return lookup_reference(x, chosen, table.as_strided(table.shape, (table.shape[1], 1)))
+
+
+def columns_in_a_row(x, chosen, table):
+    """Goes by the distance of rows, and believes that numbers lie together."""
+    return lookup_reference(x, chosen, table.as_strided(table.shape, (table.stride(0), 1)))
+
+
+@pytest.mark.parametrize("kernel", [by_columns, rows_in_a_row, columns_in_a_row])
+def test_a_kernel_that_believes_in_a_contiguous_table(kernel):
+    assert red(kernel) == {"strides"}
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_kernel_that_accepts_a_dtype_it_computes_badly(dtype):
     def rounded(x, chosen, table):

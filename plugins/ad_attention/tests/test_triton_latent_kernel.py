@@ -35,9 +35,9 @@ def selected(D: int = 64, count: int = 2048) -> OpCall:
     return OpCall("n", "m", TritonSelected.target, arguments)
 
 
-def indexer(heads: int = 64, dim: int = 128) -> OpCall:
+def indexer(heads: int = 64, dim: int = 128, every: int = 1) -> OpCall:
     tensors = {"query": torch.zeros(1, 4, heads, dim), "key": torch.zeros(1, 4, dim), "weight": torch.zeros(1, 4, heads)}
-    return OpCall("n", "m", TritonSelect.target, {**tensors, "count": 4, "scale": 0.1})
+    return OpCall("n", "m", TritonSelect.target, {**tensors, "count": 4, "scale": 0.1, "every": every})
 
 
 CALLS: list[tuple[Kernel, OpCall]] = [(TritonLatent(), latent()), (TritonSelected(), selected()), (TritonSelect(), indexer())]
@@ -60,6 +60,7 @@ def test_a_gpu_is_supported_and_a_cpu_is_not(kernel: Kernel, call: OpCall) -> No
         (TritonLatent(), latent(up_weight=torch.empty(4096, 512, device="meta")), "bfloat16, float32"),
         (TritonSelected(), selected(D=320), "320"),
         (TritonSelect(), indexer(heads=256), "256"),
+        (TritonSelect(), indexer(every=4), "blocks of 4"),
     ],
 )
 def test_a_refusal_has_its_reason(kernel: Kernel, call: OpCall, reason: str) -> None:

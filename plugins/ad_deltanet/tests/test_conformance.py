@@ -2,8 +2,8 @@
 
 import pytest
 
+from ad_core.kernels import slots
 from ad_core.testing import MixerConformance
-from ad_deltanet.kernels import torch_plan
 
 
 class TestGatedDelta(MixerConformance):
@@ -25,7 +25,7 @@ class TestLarge(TestGatedDelta):
 
     @pytest.fixture(autouse=True)
     def _every_state_is_large(self, monkeypatch):
-        monkeypatch.setattr(torch_plan, "LARGE", 1)
+        monkeypatch.setattr(slots, "LARGE", 1)
 
 
 @pytest.mark.slow

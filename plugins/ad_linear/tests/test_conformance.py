@@ -2,8 +2,8 @@
 
 import pytest
 
+from ad_core.kernels import slots
 from ad_core.testing import MixerConformance
-from ad_linear.kernels import torch_plan
 from ad_linear.testing import LIGHTNING_CASES, MLSTM_CASES
 
 
@@ -26,7 +26,7 @@ class TestLarge(TestMLstm):
 
     @pytest.fixture(autouse=True)
     def _every_state_is_large(self, monkeypatch):
-        monkeypatch.setattr(torch_plan, "LARGE", 1)
+        monkeypatch.setattr(slots, "LARGE", 1)
 
 
 @pytest.mark.slow

@@ -63,7 +63,7 @@ def attention(
             own = query_sinks[0].contiguous()
             sinks = own if sinks is None else torch.logaddexp(own.float(), sinks.float())
         inputs = (query, key_pages, value_pages, key_bias_pages)
-        slopes, own_bias = (None if tensor is None else tensor.contiguous() for tensor in (alibi_slopes, distance_bias))
+        sinks, slopes, own_bias = (None if tensor is None else tensor.contiguous() for tensor in (sinks, alibi_slopes, distance_bias))
         biases = (slopes, rel_bias, own_bias)
         choices = None if selected is None else selected.shape[2]
         lists = None if selected is None else selected.contiguous()

@@ -51,7 +51,7 @@ def latent_attention(
             append_rows(latent_pages, token_slots, cu_seqlens, latent, k_rope)
         q_latent = torch.bmm(q_nope.squeeze(0).transpose(0, 1), key_up)  # [H, T, R]
         mixed = q_nope.new_empty(T, H, R)
-        lists = None if selected is None else selected.contiguous()
+        lists, sinks = (None if tensor is None else tensor.contiguous() for tensor in (selected, sinks))
         choices = None if selected is None else selected.shape[2]
         inputs = (q_latent, q_rope, latent_pages)
         places = (lists, cu_seqlens, context_lens, page_table, T, B)

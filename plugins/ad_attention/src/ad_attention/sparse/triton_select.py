@@ -53,6 +53,8 @@ class TritonSelect(Kernel):
     def supports(self, call: OpCall, environment: Environment) -> Declined | None:
         if (declined := unsupported(environment)) is not None:
             return declined
+        if call["every"] != 1:
+            return Declined(f"it chooses among tokens, not among blocks of {call['every']}")
         heads, width = (int(size) for size in call["query"].shape[2:])
         most = MAX_HEADS_FLOAT32 if call["query"].dtype == torch.float32 else MAX_HEADS
         if heads > most or width > MAX_HEAD_DIM:

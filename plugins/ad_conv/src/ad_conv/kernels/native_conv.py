@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from ad_conv.kernels.torch_plan import Step
 from ad_conv.kernels.torch_ref import TorchSlots, prompts
 from ad_core.api import BufferSpec, Declined, Environment, Limits, OpCall
 from ad_core.graph.ops import define_op
+from ad_core.kernels.slots import plan_buffers, read_plan
 from ad_core.native import NativeLibrary
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("native_conv.c"))
@@ -39,9 +39,9 @@ def _causal_conv1d(
 
     Reads and writes the states [slots, K - 1, C] of the step's sequences. Rows past the batch's tokens are zero.
     """
-    step, (_, T, C) = Step(*plan.tolist()), x.shape
+    (step, chunks), (_, T, C) = read_plan(plan, records), x.shape
     if not step.decodes:
-        return prompts(step, records, x, weight, bias, activation, conv_state)
+        return prompts(step, chunks, x, weight, bias, activation, conv_state)
     out = x.new_empty(x.shape)
     rows = x if x.stride(2) == 1 else x.contiguous()
     taps, bias = weight.contiguous(), None if bias is None else bias.contiguous()
@@ -60,7 +60,7 @@ def _causal_conv1d(
         activation == "silu",
     )
     if step.decodes < T:
-        out[:, step.decodes :] = prompts(step, records, x, weight, bias, activation, conv_state)
+        out[:, step.decodes :] = prompts(step, chunks, x, weight, bias, activation, conv_state)
     return out
 
 
@@ -95,4 +95,4 @@ class NativeSlots(TorchSlots):
         return super().supports(call, environment) or LIBRARY.declined(call["x"].dtype)
 
     def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
-        return {name: spec for name, spec in super().buffers(call, limits).items() if name != "slots"}
+        return plan_buffers(limits, host_only=True)

@@ -6,15 +6,15 @@ from collections.abc import Mapping
 
 import torch
 
-from ad_conv.kernels.torch_plan import NONE, Prefill, Step, plan_buffers, plan_step
 from ad_conv.op import ACTIVATIONS, OP, filtered
 from ad_core.api import BatchView, BufferSpec, Declined, Environment, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
+from ad_core.kernels.slots import Chunk, Step, plan_buffers, plan_step, put_states, read_plan, take_states
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_conv::causal_conv1d_torch(Tensor x, Tensor weight, Tensor? bias, str activation, Tensor(a!)? conv_state, Tensor plan, "
-    "Tensor records, Tensor slots) -> Tensor"
+    "Tensor records, Tensor slots, Tensor stale) -> Tensor"
 )
 
 
@@ -27,30 +27,32 @@ def _causal_conv1d(
     plan: torch.Tensor,
     records: torch.Tensor,
     slots: torch.Tensor,
+    stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: x [1, T, C] -> [1, T, C].
 
-    Reads and writes the states [slots, K - 1, C] of the step's sequences; None if K is 1. Rows past the batch's tokens are zero.
+    Reads and writes the states [slots, K - 1, C] of the step's sequences; None if K is 1. The last four arguments are `plan_step`'s.
+    Rows past the batch's tokens are zero.
     """
-    step, T = Step(*plan.tolist()), x.shape[1]
+    (step, chunks), T = read_plan(plan, records), x.shape[1]
     if conv_state is None:  # one tap sees no other token
         alone = filtered(x, weight, bias, activation)
         alone[0, step.tokens :].zero_()
         return alone
-    if step.fresh_decodes:
-        for slot in records[: step.fresh_decodes, Prefill._fields.index("slot")].tolist():
-            conv_state[slot].zero_()
     if not step.decodes:
-        return prompts(step, records, x, weight, bias, activation, conv_state)
-    decoded = _decode(x[0, : step.decodes], weight, bias, activation, conv_state, step.first_slot, slots)[None]
+        return prompts(step, chunks, x, weight, bias, activation, conv_state)
+    before = take_states(conv_state, step, slots, stale)
+    window = torch.cat([before, x[0, : step.decodes, None]], 1)  # [n, K, C]
+    put_states(conv_state, before, step, slots, window[:, 1:])
+    decoded = filtered(window, weight, bias, activation)[:, 0][None]
     if step.decodes == T:  # a step of decodes and nothing else: its result is the output
         return decoded
-    return torch.cat([decoded, prompts(step, records, x, weight, bias, activation, conv_state)], 1)
+    return torch.cat([decoded, prompts(step, chunks, x, weight, bias, activation, conv_state)], 1)
 
 
 def prompts(
     step: Step,
-    records: torch.Tensor,
+    chunks: list[Chunk],
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -58,7 +60,6 @@ def prompts(
     conv_state: torch.Tensor,
 ) -> torch.Tensor:
     """The rows behind the decodes: chunks of prompts, and padding, which is zero. [1, T - decodes, C]"""
-    chunks = [Prefill(*record) for record in records[step.fresh_decodes : step.fresh_decodes + step.prefills].tolist()]
     for chunk in chunks:
         if chunk.fresh:
             conv_state[chunk.slot].zero_()
@@ -71,27 +72,6 @@ def prompts(
         out[rows] = _prefill(rest[rows], weight, bias, activation, conv_state[chunk.slot])
     out[step.tokens - step.decodes :].zero_()
     return out[None]
-
-
-def _decode(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    activation: str,
-    conv_state: torch.Tensor,
-    first_slot: int,
-    slots: torch.Tensor,
-) -> torch.Tensor:
-    """One token of n sequences: x [n, C] -> [n, C]. Their states lie from `first_slot` on or, if that is NONE, in `slots`."""
-    count = x.shape[0]
-    chosen = slots[:count]
-    before = conv_state[first_slot : first_slot + count] if first_slot != NONE else conv_state.index_select(0, chosen)
-    window = torch.cat([before, x[:, None]], 1)  # [n, K, C]
-    if first_slot != NONE:
-        before.copy_(window[:, 1:])
-    else:
-        conv_state.index_copy_(0, chosen, window[:, 1:])
-    return filtered(window, weight, bias, activation)[:, 0]
 
 
 def _prefill(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str, state: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,12 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
+from ad_core.kernels.slots import decoding_states, plan_buffers, plan_step, read_plan
 from ad_deltanet.chunked import delta_rule
-from ad_deltanet.kernels.torch_plan import decoding_states, plan_buffers, plan_step, read_plan
 from ad_deltanet.op import normalised
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
-_REST = "Tensor beta, float scale, bool l2norm, Tensor(a!) state, Tensor plan, Tensor slots, Tensor stale) -> Tensor"
+_REST = "Tensor beta, float scale, bool l2norm, Tensor(a!) state, Tensor plan, Tensor records, Tensor slots, Tensor stale) -> Tensor"
 GATED_SCHEMA = f"ad_deltanet::gated_delta_torch(Tensor query, Tensor key, Tensor value, Tensor? g, {_REST}"
 KDA_SCHEMA = f"ad_deltanet::kda_torch(Tensor query, Tensor key, Tensor value, Tensor g, {_REST}"
 
@@ -28,14 +28,15 @@ def _gated_delta(
     l2norm: bool,
     state: torch.Tensor,
     plan: torch.Tensor,
+    records: torch.Tensor,
     slots: torch.Tensor,
     stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: query, key [1, T, H, K], value [1, T, Hv, V], g, beta [1, T, Hv] -> [1, T, Hv, V].
 
-    Reads and writes the step's slots of `state` [slots, Hv, K, V]; the other three are `torch_plan`'s. Rows past the batch's are zero.
+    Reads and writes the step's slots of `state` [slots, Hv, K, V]; the last four are `plan_step`'s. Rows past the batch's are zero.
     """
-    return _packed(query, key, value, None if g is None else g[..., None], beta, scale, l2norm, state, plan, slots, stale)
+    return _packed(query, key, value, None if g is None else g[..., None], beta, scale, l2norm, state, plan, records, slots, stale)
 
 
 def _packed(
@@ -48,26 +49,27 @@ def _packed(
     l2norm: bool,
     state: torch.Tensor,
     plan: torch.Tensor,
+    records: torch.Tensor,
     slots: torch.Tensor,
     stale: torch.Tensor,
 ) -> torch.Tensor:
     """The same with g [1, T, Hv, 1] or [1, T, Hv, K]."""
-    head, prefills = read_plan(plan)
+    step, prefills = read_plan(plan, records)
     tokens, heads = value.shape[1:3]
     query, key = normalised(query[0], key[0], heads, scale, l2norm)  # [T, Hv, K]
     dtype = query.dtype
     values, beta = value[0].to(dtype), beta[0].to(dtype)[..., None]
     decay = None if g is None else g[0].to(dtype)
-    out, end = value.new_empty(value.shape), head.decodes
-    for rows, now in decoding_states(state, plan, head, slots, stale):
+    out, end = value.new_empty(value.shape), step.decodes
+    for rows, now in decoding_states(state, step, records, slots, stale):
         part = None if decay is None else decay[rows]
         out[0, rows] = _decode(query[rows], key[rows], values[rows], part, beta[rows], now)
     for chunk in prefills:
         end = chunk.token + chunk.size
         rows = slice(chunk.token, end)
         before = torch.zeros_like(state[0]) if chunk.fresh else state[chunk.slot]
-        q, k, v, step = (x[rows].transpose(0, 1) for x in (query, key, values, beta))
-        output, after = delta_rule(q, k, v, None if decay is None else decay[rows].transpose(0, 1), step, before)
+        q, k, v, rate = (x[rows].transpose(0, 1) for x in (query, key, values, beta))
+        output, after = delta_rule(q, k, v, None if decay is None else decay[rows].transpose(0, 1), rate, before)
         state[chunk.slot] = after
         out[0, rows] = output.transpose(0, 1)
     if end < tokens:

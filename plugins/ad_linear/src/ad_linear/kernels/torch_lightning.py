@@ -8,13 +8,13 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_linear.kernels.torch_plan import decoding_states, plan_buffers, plan_step, read_plan
+from ad_core.kernels.slots import decoding_states, plan_buffers, plan_step, read_plan
 from ad_linear.lightning import decayed_attention
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_linear::lightning_torch(Tensor query, Tensor key, Tensor value, Tensor log_decay, float scale, Tensor(a!) state, "
-    "Tensor plan, Tensor slots, Tensor stale) -> Tensor"
+    "Tensor plan, Tensor records, Tensor slots, Tensor stale) -> Tensor"
 )
 
 
@@ -26,19 +26,20 @@ def _lightning(
     scale: float,
     state: torch.Tensor,
     plan: torch.Tensor,
+    records: torch.Tensor,
     slots: torch.Tensor,
     stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: query, key [1, T, H, K], value [1, T, H, V] -> [1, T, H, V].
 
-    Reads and writes the step's slots of `state` [slots, H, K, V]; the other three are `torch_plan`'s. Rows past the batch's are zero.
+    Reads and writes the step's slots of `state` [slots, H, K, V]; the last four are `plan_step`'s. Rows past the batch's are zero.
     """
-    head, prefills = read_plan(plan)
+    step, prefills = read_plan(plan, records)
     out, dtype = value.new_empty(value.shape), state.dtype
     queries, keys, values = (x[0].to(dtype) for x in (query, key, value))  # [T, H, ...]
     log_decay = log_decay.to(dtype)
-    end = head.decodes
-    for rows, chosen in decoding_states(state, plan, head, slots, stale):
+    end = step.decodes
+    for rows, chosen in decoding_states(state, step, records, slots, stale):
         now = chosen.view(-1, *state.shape[2:])  # [n * H, K, V]
         chosen.mul_(log_decay.exp()[:, None, None])
         now.baddbmm_(keys[rows].reshape(len(now), -1, 1), values[rows].reshape(len(now), 1, -1))

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_linear.kernels.torch_plan import decoding_states, plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_core.kernels.slots import decoding_states, plan_buffers, plan_step, put_states, read_plan, take_states
 from ad_linear.mlstm import matrix_memory
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_linear::mlstm_torch(Tensor query, Tensor key, Tensor value, Tensor input_gate, Tensor forget_gate, float scale, float eps, "
-    "Tensor(a!) memory, Tensor(b!) peak, Tensor plan, Tensor slots, Tensor stale) -> Tensor"
+    "Tensor(a!) memory, Tensor(b!) peak, Tensor plan, Tensor records, Tensor slots, Tensor stale) -> Tensor"
 )
 
 
@@ -30,27 +30,28 @@ def _mlstm(
     memory: torch.Tensor,
     peak: torch.Tensor,
     plan: torch.Tensor,
+    records: torch.Tensor,
     slots: torch.Tensor,
     stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: query, key [1, T, H, K], value [1, T, H, V], gates [1, T, H] -> [1, T, H, V].
 
-    Reads and writes the step's slots of `memory` [slots, H, K, V + 1] and `peak` [slots, H]; the last three are `torch_plan`'s.
+    Reads and writes the step's slots of `memory` [slots, H, K, V + 1] and `peak` [slots, H]; the last four are `plan_step`'s.
     Rows past the batch's are zero.
     """
-    head, prefills = read_plan(plan)
+    step, prefills = read_plan(plan, records)
     out, dtype = value.new_empty(value.shape), memory.dtype
     queries, keys, values, gates = (x[0].to(dtype) for x in (query, key, value, input_gate))  # [T, H, ...]
     forget = F.logsigmoid(forget_gate[0].to(dtype))
-    end, heads = head.decodes, value.shape[2]
+    end, heads = step.decodes, value.shape[2]
     if end:
-        old = take_states(peak, head, slots, stale)
+        old = take_states(peak, step, slots, stale)
         kept = forget[:end] + old
         new = torch.maximum(kept, gates[:end])  # [n, H]
         forgetting, writing = torch.exp(kept - new), torch.exp(gates[:end] - new)
-        put_states(peak, old.copy_(new), head, slots)
+        put_states(peak, old, step, slots, new)
         columns, values_and_one = keys[:end] * writing[..., None], F.pad(values[:end], (0, 1), value=1.0)
-        for rows, chosen in decoding_states(memory, plan, head, slots, stale):
+        for rows, chosen in decoding_states(memory, step, records, slots, stale):
             now = chosen.view(-1, *memory.shape[2:])  # [n * H, K, V + 1]
             chosen.mul_(forgetting[rows, :, None, None])
             now.baddbmm_(columns[rows].reshape(len(now), -1, 1), values_and_one[rows].reshape(len(now), 1, -1))

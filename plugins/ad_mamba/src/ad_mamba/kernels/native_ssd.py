@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 
-from ad_core.api import BatchView, BufferSpec, Declined, Environment, Limits, OpCall
+from ad_core.api import BufferSpec, Declined, Environment, Limits, OpCall
 from ad_core.graph.ops import define_op
+from ad_core.kernels.slots import plan_buffers, read_plan
 from ad_core.native import NativeLibrary
-from ad_mamba.kernels.torch_plan import Step, plan_step
 from ad_mamba.kernels.torch_ssd import TorchSSD, prompts
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("native_ssd.c"))
@@ -46,9 +46,9 @@ def _ssd(
 
     Reads and writes the states [slots, H, P, N] of the step's sequences. Rows past the batch's tokens are zero.
     """
-    step, (_, T, H, P), (G, N) = Step(*plan.tolist()), x.shape, B.shape[2:]
+    (step, chunks), (_, T, H, P), (G, N) = read_plan(plan, records), x.shape, B.shape[2:]
     if not step.decodes:
-        return prompts(step, records, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
+        return prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
     out = x.new_empty(x.shape)
     x_, B_, C_, z_ = _rows(x), _rows(B), _rows(C), None if z is None else _rows(z)
     A_, D_, bias = A.float().contiguous(), None if D is None else D.float(), None if dt_bias is None else dt_bias.float().contiguous()
@@ -83,7 +83,7 @@ def _ssd(
         N,
     )
     if step.decodes < T:
-        out[:, step.decodes :] = prompts(step, records, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
+        out[:, step.decodes :] = prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
     return out
 
 
@@ -120,7 +120,4 @@ class NativeSSD(TorchSSD):
         return super().supports(call, environment) or LIBRARY.declined(call["x"].dtype)
 
     def buffers(self, call: OpCall, limits: Limits) -> Mapping[str, BufferSpec]:
-        return {name: spec for name, spec in super().buffers(call, limits).items() if name != "slots"}
-
-    def prepare(self, batch: BatchView, call: OpCall, out: Mapping[str, torch.Tensor]) -> None:
-        plan_step(batch, out)
+        return plan_buffers(limits, host_only=True)

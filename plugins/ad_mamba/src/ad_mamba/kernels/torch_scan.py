@@ -8,14 +8,14 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_mamba.kernels.torch_plan import NONE, Prefill, Step, plan_buffers, plan_step
+from ad_core.kernels.slots import plan_buffers, plan_step, put_states, read_plan, take_states
 from ad_mamba.op.common import time_steps
 from ad_mamba.op.scan import OP, chunked, gated
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_mamba::selective_scan_torch(Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? delta_bias, "
-    "bool delta_softplus, Tensor(a!) ssm_state, Tensor plan, Tensor records, Tensor slots) -> Tensor"
+    "bool delta_softplus, Tensor(a!) ssm_state, Tensor plan, Tensor records, Tensor slots, Tensor stale) -> Tensor"
 )
 
 
@@ -33,28 +33,31 @@ def _selective_scan(
     plan: torch.Tensor,
     records: torch.Tensor,
     slots: torch.Tensor,
+    stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: u [1, T, D] -> [1, T, D].
 
-    Reads and writes the states [slots, D, N] of the step's sequences. Rows past the batch's tokens are zero.
+    Reads and writes the states [slots, D, N] of the step's sequences; the last four arguments are `plan_step`'s. Rows past the
+    batch's tokens are zero.
     """
-    step, T = Step(*plan.tolist()), u.shape[1]
-    chunks: list[Prefill] = []
-    if step.fresh_decodes or step.prefills:
-        listed = [Prefill(*record) for record in records[: step.fresh_decodes + step.prefills].tolist()]
-        chunks = listed[step.fresh_decodes :]
-        for new in listed:
-            if new.fresh:
-                ssm_state[new.slot].zero_()
+    (step, chunks), T = read_plan(plan, records), u.shape[1]
+    for chunk in chunks:
+        if chunk.fresh:
+            ssm_state[chunk.slot].zero_()
     steps = time_steps(delta, delta_bias, delta_softplus)
     if step.decodes == T:  # a step of decodes and nothing else: its result is the output
-        return gated(_decode(u[0], steps[0], A, B[0], C[0], ssm_state, step.first_slot, slots)[None], u, D, z)
+        state = take_states(ssm_state, step, slots, stale)
+        decoded = _decode(u[0], steps[0], A, B[0], C[0], state)
+        put_states(ssm_state, state, step, slots)
+        return gated(decoded[None], u, D, z)
     if len(chunks) == 1 and chunks[0].size == T:  # the step of one prompt: likewise
         return gated(_prefill(u, steps, A, B, C, ssm_state[chunks[0].slot]), u, D, z)
     out = steps.new_empty(u.shape)
     if step.decodes:
         rows = slice(0, step.decodes)
-        out[0, rows] = _decode(u[0, rows], steps[0, rows], A, B[0, rows], C[0, rows], ssm_state, step.first_slot, slots)
+        state = take_states(ssm_state, step, slots, stale)
+        out[0, rows] = _decode(u[0, rows], steps[0, rows], A, B[0, rows], C[0, rows], state)
+        put_states(ssm_state, state, step, slots)
     for chunk in chunks:
         rows = slice(chunk.token, chunk.token + chunk.size)
         out[:, rows] = _prefill(u[:, rows], steps[:, rows], A, B[:, rows], C[:, rows], ssm_state[chunk.slot])
@@ -63,27 +66,10 @@ def _selective_scan(
     return result
 
 
-def _decode(
-    u: torch.Tensor,
-    steps: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    ssm_state: torch.Tensor,
-    first_slot: int,
-    slots: torch.Tensor,
-) -> torch.Tensor:
-    """One token of n sequences: u and steps [n, D], B and C [n, N] -> [n, D], wide.
-
-    Their states lie from `first_slot` on, where they are updated in place, or, if that is NONE, in `slots`.
-    """
-    count, dtype = u.shape[0], steps.dtype
-    chosen = slots[:count]
-    state = ssm_state[first_slot : first_slot + count] if first_slot != NONE else ssm_state.index_select(0, chosen)
-    state.mul_((steps[..., None] * A).exp_()).addcmul_((steps * u)[..., None], B.to(dtype)[:, None])
-    if first_slot == NONE:
-        ssm_state.index_copy_(0, chosen, state)
-    return (state @ C.to(dtype)[..., None]).squeeze(-1)
+def _decode(u: torch.Tensor, steps: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """One token of n sequences: u and steps [n, D], B and C [n, N] -> [n, D], wide. Moves their states [n, D, N] on."""
+    state.mul_((steps[..., None] * A).exp_()).addcmul_((steps * u)[..., None], B.to(steps.dtype)[:, None])
+    return (state @ C.to(steps.dtype)[..., None]).squeeze(-1)
 
 
 def _prefill(u: torch.Tensor, steps: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor) -> torch.Tensor:

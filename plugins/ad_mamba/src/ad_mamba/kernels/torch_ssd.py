@@ -8,14 +8,14 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_mamba.kernels.torch_plan import NONE, Prefill, Step, plan_buffers, plan_step
+from ad_core.kernels.slots import Chunk, Step, plan_buffers, plan_step, put_states, read_plan, take_states
 from ad_mamba.op.common import time_steps
 from ad_mamba.op.ssd import OP, chunked, gated
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_mamba::ssd_torch(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-    "float dt_min, float? dt_max, Tensor(a!) ssm_state, Tensor plan, Tensor records, Tensor slots) -> Tensor"
+    "float dt_min, float? dt_max, Tensor(a!) ssm_state, Tensor plan, Tensor records, Tensor slots, Tensor stale) -> Tensor"
 )
 
 
@@ -35,29 +35,30 @@ def _ssd(
     plan: torch.Tensor,
     records: torch.Tensor,
     slots: torch.Tensor,
+    stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: x [1, T, H, P] -> [1, T, H, P].
 
-    Reads and writes the states [slots, H, P, N] of the step's sequences. Rows past the batch's tokens are zero.
+    Reads and writes the states [slots, H, P, N] of the step's sequences; the last four arguments are `plan_step`'s. Rows past the
+    batch's tokens are zero.
     """
-    step, T = Step(*plan.tolist()), x.shape[1]
-    if step.fresh_decodes:
-        for slot in records[: step.fresh_decodes, Prefill._fields.index("slot")].tolist():
-            ssm_state[slot].zero_()
+    (step, chunks), T = read_plan(plan, records), x.shape[1]
     if not step.decodes:
-        return prompts(step, records, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
+        return prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
     rows = slice(0, step.decodes)
     steps = time_steps(dt[0, rows], dt_bias, dt_softplus, dt_min, dt_max)
-    decoded = _decode(x[0, rows], steps, A, B[0, rows], C[0, rows], ssm_state, step.first_slot, slots)
+    state = take_states(ssm_state, step, slots, stale)
+    decoded = _decode(x[0, rows], steps, A, B[0, rows], C[0, rows], state)
+    put_states(ssm_state, state, step, slots)
     decoded = gated(decoded[None], x[:, rows], D, None if z is None else z[:, rows])
     if step.decodes == T:  # a step of decodes and nothing else: its result is the output
         return decoded
-    return torch.cat([decoded, prompts(step, records, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)], 1)
+    return torch.cat([decoded, prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)], 1)
 
 
 def prompts(
     step: Step,
-    records: torch.Tensor,
+    chunks: list[Chunk],
     x: torch.Tensor,
     dt: torch.Tensor,
     A: torch.Tensor,
@@ -76,7 +77,6 @@ def prompts(
     x, dt, B, C = (value[:, behind] for value in (x, dt, B, C))
     z = None if z is None else z[:, behind]
     steps = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
-    chunks = [Prefill(*record) for record in records[step.fresh_decodes : step.fresh_decodes + step.prefills].tolist()]
     for chunk in chunks:
         if chunk.fresh:
             ssm_state[chunk.slot].zero_()
@@ -91,30 +91,14 @@ def prompts(
     return result
 
 
-def _decode(
-    x: torch.Tensor,
-    steps: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    ssm_state: torch.Tensor,
-    first_slot: int,
-    slots: torch.Tensor,
-) -> torch.Tensor:
-    """One token of n sequences: x [n, H, P], steps [n, H], B and C [n, G, N] -> [n, H, P], wide.
-
-    Their states lie from `first_slot` on, where they are updated in place, or, if that is NONE, in `slots`.
-    """
+def _decode(x: torch.Tensor, steps: torch.Tensor, A: torch.Tensor, B: torch.Tensor, C: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+    """One token of n sequences: x [n, H, P], steps [n, H], B and C [n, G, N] -> [n, H, P], wide. Moves their states [n, H, P, N] on."""
     count, heads, width = x.shape
     groups, size, dtype = B.shape[1], B.shape[2], steps.dtype
-    chosen = slots[:count]
-    state = ssm_state[first_slot : first_slot + count] if first_slot != NONE else ssm_state.index_select(0, chosen)
     state.mul_((steps * A).exp_()[..., None, None])
     added = (x * steps[..., None]).reshape(count, groups, -1, 1)
     by_group = state.view(count, groups, -1, size)  # [n, G, H/G * P, N]
     by_group.addcmul_(added, B.to(dtype)[:, :, None])
-    if first_slot == NONE:
-        ssm_state.index_copy_(0, chosen, state)
     return (by_group @ C.to(dtype)[..., None]).view(count, heads, width)
 
 

@@ -117,7 +117,7 @@ def _products(
     experts, first, second = weight.shape
     width, depth = (second, first) if transposed else (first, second)
     chosen = selected.reshape(-1).to(torch.int64).contiguous()
-    x, weight = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous()
+    x, weight, bias = x if x.stride(-1) == 1 else x.contiguous(), weight.contiguous(), None if bias is None else bias.contiguous()
     out = x.new_empty(chosen.shape[0], width)
     _function(x.dtype)(
         x.data_ptr(),

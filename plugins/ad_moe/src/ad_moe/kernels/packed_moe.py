@@ -50,7 +50,7 @@ def _products(
 ) -> torch.Tensor:
     """Row i / `share` of x [.., In] times the packed weight of expert `selected`[i] -> [choices, width], zero where that is no expert."""
     chosen = selected.reshape(-1).to(torch.int64).contiguous()
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x, bias = x if x.stride(-1) == 1 else x.contiguous(), None if bias is None else bias.contiguous()
     out = x.new_empty(chosen.shape[0], width)
     _function()(
         x.data_ptr(),

@@ -8,30 +8,36 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_rnn.kernels.torch_plan import plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_core.kernels.slots import plan_buffers, plan_step, put_states, read_plan, take_states
 from ad_rnn.rg_lru import scan
 from ad_rnn.wkv4 import NO_PEAK, first_state, joined, read, weighted_sums
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
-_STATE = "Tensor(a!) state, Tensor plan, Tensor slots, Tensor stale) -> Tensor"
+_STATE = "Tensor(a!) state, Tensor plan, Tensor records, Tensor slots, Tensor stale) -> Tensor"
 RG_LRU_SCHEMA = f"ad_rnn::rg_lru_torch(Tensor x, Tensor gate, {_STATE}"
 WKV4_SCHEMA = f"ad_rnn::wkv4_torch(Tensor key, Tensor value, Tensor time_decay, Tensor time_first, {_STATE}"
 
 
 def _rg_lru(
-    x: torch.Tensor, gate: torch.Tensor, state: torch.Tensor, plan: torch.Tensor, slots: torch.Tensor, stale: torch.Tensor
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    state: torch.Tensor,
+    plan: torch.Tensor,
+    records: torch.Tensor,
+    slots: torch.Tensor,
+    stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: x, gate [1, T, D] -> [1, T, D].
 
-    Reads and writes the step's slots of `state` [slots, D]; the others are `torch_plan`'s. Rows past the batch's are zero.
+    Reads and writes the step's slots of `state` [slots, D]; the last four are `plan_step`'s. Rows past the batch's are zero.
     """
-    head, prefills = read_plan(plan)
-    out, end = x.new_empty(x.shape), head.decodes
+    step, prefills = read_plan(plan, records)
+    out, end = x.new_empty(x.shape), step.decodes
     inputs, gates = x[0].to(state.dtype), gate[0].to(state.dtype)
     if end:
-        now = take_states(state, head, slots, stale)
+        now = take_states(state, step, slots, stale)
         now.mul_(gates[:end]).add_(inputs[:end])
-        put_states(state, now, head, slots)
+        put_states(state, now, step, slots)
         out[0, :end] = now
     for chunk in prefills:
         end = chunk.token + chunk.size
@@ -52,24 +58,25 @@ def _wkv4(
     time_first: torch.Tensor,
     state: torch.Tensor,
     plan: torch.Tensor,
+    records: torch.Tensor,
     slots: torch.Tensor,
     stale: torch.Tensor,
 ) -> torch.Tensor:
     """The canonical op on packed tokens: key, value [1, T, D] -> [1, T, D].
 
-    Reads and writes the step's slots of `state` [slots, 3, D]; the others are `torch_plan`'s. Rows past the batch's are zero.
+    Reads and writes the step's slots of `state` [slots, 3, D]; the last four are `plan_step`'s. Rows past the batch's are zero.
     """
-    head, prefills = read_plan(plan)
-    out, end, dtype = value.new_empty(value.shape), head.decodes, state.dtype
+    step, prefills = read_plan(plan, records)
+    out, end, dtype = value.new_empty(value.shape), step.decodes, state.dtype
     keys, values = key[0].to(dtype), value[0].to(dtype)
     log_decay, bonus = -torch.exp(time_decay.to(dtype)), time_first.to(dtype)
     if end:
-        now = take_states(state, head, slots, stale)
-        if head.any_fresh:
+        now = take_states(state, step, slots, stale)
+        if step.any_fresh:
             now[:, 2].masked_fill_(~stale[:end, None], NO_PEAK)
         out[0, :end] = read(now, keys[:end], values[:end], bonus)
         token = torch.stack([values[:end], torch.ones_like(values[:end]), keys[:end]], 1)
-        put_states(state, now.copy_(joined(now, log_decay, token)), head, slots)
+        put_states(state, now, step, slots, joined(now, log_decay, token))
     for chunk in prefills:
         end = chunk.token + chunk.size
         k, v = keys[None, chunk.token : end], values[None, chunk.token : end]
