@@ -174,7 +174,7 @@ def _new_path(result: dict[str, Any], suite: str = "cpu") -> Path:
 
 
 def _show(result: dict[str, Any], path: Path) -> None:
-    print(report.table(result))
+    print(report.cpu_table(result))
     for engine, counts in result["agreement"]["tokens"].items():
         print(f"greedy tokens equal to the reference's: {engine} {counts} of {PROBE_TOKENS}")
     for threads, phases in result["phases"].items():

@@ -2,8 +2,8 @@
 
     python benchmarks/mixers.py [--shapes mamba2 hybrid experts] [--threads 2] [--rounds 3] [--out FILE.json]
 
-Without `--out` a new JSON is written into benchmarks/results/. Random weights say nothing about quality, and the greedy tokens of two
-engines part early: the first token behind each probe must agree, and the result says how many do.
+Without `--out` the run is recorded: a new JSON in benchmarks/results/ and the second table of the README. Random weights say nothing
+about quality, and the greedy tokens of two engines part early: the first token behind each probe must agree, and the result says how many do.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import report
 from cpu import _git, _hardware, _new_path, _versions
 from peers.client import BENCHMARKS
 from peers.contest import PROBE_TOKENS, Contest, Findings, Workload
-from peers.tally import BY_NAME, Target, judge, rows
+from peers.tally import BY_NAME, OURS, Target, judge, rows, spread
 
 ENGINES = {"ours": "ours", "hf": "hf_generate"}
 CASES = ("decode", "prefill", "concurrent")
@@ -79,7 +80,13 @@ def main() -> None:
     path = arguments.out or _new_path(result, "mixers")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
+    print(report.mixers_table(result))
     print(f"written to {path}")
+    if arguments.out is None:
+        try:
+            report.update_readme(result)
+        except report.NoPlace as problem:  # the measurement is kept, the table can be written later
+            sys.exit(str(problem))
 
 
 def _measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -105,12 +112,17 @@ def _measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for target in targets:
         value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
         print(f"{name}: {BY_NAME[target['case']].title}: {value} ({target['wish']})")
+    ceilings = {"linears_tokens_s": spread(values) for values in findings.linears_tokens_s.values()}
+    for row in measured:
+        if ceilings and (row["case"], row["engine"]) == ("decode", OURS):
+            row["share_of_linears"] = row["median"] / ceilings["linears_tokens_s"]["median"]
     return {
         "model_type": kind,
         "config": config,
         "parameters": manifest["parameters"],
         "agreement": {"of": PROBE_TOKENS, "tokens": findings.agreed},
         "absent": findings.absent,
+        "ceilings": ceilings,
         "rows": measured,
         "targets": targets,
     }

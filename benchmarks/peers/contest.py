@@ -48,6 +48,8 @@ class Findings:
 
     samples: list[Sample] = field(default_factory=list)
     read_gb_s: dict[int, list[float]] = field(default_factory=dict)
+    linears_tokens_s: dict[int, list[float]] = field(default_factory=dict)
+    """Of models whose manifest has the shapes of their linear layers."""
     absent: dict[str, str] = field(default_factory=dict)
     """Engine and why it has no numbers (any more)."""
     agreed: dict[str, list[int]] = field(default_factory=dict)
@@ -104,11 +106,14 @@ class Contest:
         self._compare_tokens()
         for engine in list(self._workers):
             self._attempt(engine, self._warm_up)
-        ceiling = self._launch("bandwidth")
+        ceiling = self._launch("ceiling")
         try:
             ceiling.ready()
             for number in range(rounds):
                 self._found.read_gb_s.setdefault(self._threads, []).append(ceiling.ask(task="read")["gb_s"])
+                if shapes := self._manifest.get("linears"):
+                    alone = ceiling.ask(task="linears", shapes=shapes)["tokens_s"]
+                    self._found.linears_tokens_s.setdefault(self._threads, []).append(alone)
                 for case in cases:
                     for engine in self._turn(number):
                         self._attempt(engine, self._measure, case, number)

@@ -9,6 +9,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 PROBES, PROBE_LENGTH = 3, 24
 
@@ -30,9 +31,22 @@ def main() -> None:
         "vocab_size": made.vocab_size,
         "special_ids": [],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "linears": _linears(model),
         "probes": [source.choices(range(made.vocab_size), k=PROBE_LENGTH) for _ in range(PROBES)],
     }
     (target / "manifest.json").write_text(json.dumps(manifest))
+
+
+def _linears(model: Any) -> list[list[int]]:
+    """(out, in) of each weight that a token is multiplied with: of experts, those of as many as it is sent to."""
+    shapes = []
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind.endswith(("Linear", "Router")):
+            shapes.append(list(module.weight.shape))
+        elif kind.endswith("Experts"):
+            shapes += [list(stack.shape[1:]) for stack in module.parameters(recurse=False)] * model.config.num_experts_per_tok
+    return shapes
 
 
 if __name__ == "__main__":

@@ -88,33 +88,34 @@ def test_agreement_counts_leading_tokens_against_the_first_engine(rooms):
 def test_readme_keeps_everything_outside_the_markers(rooms, tmp_path):
     report, tally = rooms
     readme = tmp_path / "README.md"
-    readme.write_text(f"# top\n\n{report.START}\nstale table\n{report.END}\n\nbottom\n")
+    start, end = report.markers("cpu")
+    readme.write_text(f"# top\n\n{start}\nstale table\n{end}\n\nbottom\n")
     rows = tally.rows(samples(tally, "decode", "ours", [12, 14, 13]) + samples(tally, "decode", "hf", [10, 10, 10]))
     for _ in range(2):  # a second writing finds its markers again
         report.update_readme(result(rows, absent={"llama.cpp": "cannot be imported: No module named 'llama_cpp'"}), readme)
     text = readme.read_text()
-    assert text.startswith("# top\n\n" + report.START)
-    assert text.endswith(report.END + "\n\nbottom\n")
+    assert text.startswith("# top\n\n" + start)
+    assert text.endswith(end + "\n\nbottom\n")
     assert "stale table" not in text
     assert "| 2 | 13.0 (12.0 to 14.0) | 10.0 (10.0 to 10.0) | absent | 1.30 (1.20 to 1.40) |  |" in text
     assert "llama.cpp is absent (cannot be imported: No module named 'llama_cpp')" in text
     assert "at least the first 9 of 16" in text
 
 
-@pytest.mark.parametrize("text", ["no markers", "<!-- benchmark:end --> <!-- benchmark:start -->"])
+@pytest.mark.parametrize("text", ["no markers", "<!-- benchmark cpu:end --> <!-- benchmark cpu:start -->"])
 def test_readme_without_a_place_for_the_table_is_refused_and_left_alone(rooms, tmp_path, text):
     report, _ = rooms
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    with pytest.raises(report.NoPlace, match="benchmark:start"):
+    with pytest.raises(report.NoPlace, match="benchmark cpu:start"):
         report.update_readme(result([]), readme)
     assert readme.read_text() == text
 
 
 def test_a_run_on_a_busy_machine_says_so(rooms):
     report, _ = rooms
-    assert "not to be trusted" not in report.table(result([], load=0.9))
-    assert "load 3.0" in report.table(result([], load=3.0))
+    assert "not to be trusted" not in report.cpu_table(result([], load=0.9))
+    assert "load 3.0" in report.cpu_table(result([], load=3.0))
 
 
 def test_newest_is_the_latest_cpu_result(rooms, tmp_path):
@@ -122,9 +123,33 @@ def test_newest_is_the_latest_cpu_result(rooms, tmp_path):
     (tmp_path / "z-first.json").write_text(json.dumps(result([], when="2030-01-01T00:00:00+00:00")))
     (tmp_path / "a-last.json").write_text(json.dumps(result([], when="2030-02-01T00:00:00+00:00")))
     (tmp_path / "gpu.json").write_text(json.dumps({"suite": "device", "when": "2031-01-01T00:00:00+00:00"}))
-    assert report.newest(tmp_path)["when"].startswith("2030-02-01")
-    with pytest.raises(report.NoResult):
-        report.newest(tmp_path / "nothing")
+    assert report.newest(tmp_path, "cpu")["when"].startswith("2030-02-01")
+    with pytest.raises(report.NoResult, match=r"benchmarks/mixers\.py"):
+        report.newest(tmp_path, "mixers")
+
+
+def test_mixers_show_the_share_of_what_their_linear_layers_alone_would_allow(rooms):
+    report, tally = rooms
+    measured = tally.rows(samples(tally, "decode", "ours", [90.0]) + samples(tally, "decode", "hf", [30.0]))
+    measured[0]["share_of_linears"] = 1.5
+    model = {
+        "model_type": "mamba2",
+        "parameters": 129e6,
+        "rows": measured,
+        "absent": {},
+        "ceilings": {"linears_tokens_s": {"median": 60.0}},
+    }
+    shown = report.mixers_table(result([]) | {"workload": {"threads": 2, "rounds": 1}, "models": {"small": model}})
+    assert "| small: 129 M, `mamba2` | decode, one request, tokens/s | 90.0 | 30.0 | 3.00 |" in shown
+    assert "small 60.0 tokens/s, of which ad-core's decode is 150%" in shown
+
+
+def test_every_table_of_the_readme_has_its_place_and_a_result(rooms):
+    report, _ = rooms
+    text = (BENCHMARKS.parent / "README.md").read_text()
+    for suite, table in report.TABLES.items():
+        start, end = report.markers(suite)
+        assert text.split(start)[1].split(end)[0].strip() == table(report.newest(BENCHMARKS / "results", suite))
 
 
 def test_an_engine_that_cannot_be_imported_says_so_and_why(tmp_path):
