@@ -3,7 +3,8 @@
     python benchmarks/mixers.py [--shapes mamba2 hybrid experts] [--threads 2] [--rounds 3] [--out FILE.json]
 
 Without `--out` the run is recorded: a new JSON in benchmarks/results/ and the second table of the README. Random weights say nothing
-about quality, and the greedy tokens of two engines part early: the first token behind each probe must agree, and the result says how many do.
+about quality, and the greedy tokens of two engines part early: the first token behind each probe must agree, and the result says how
+many do.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import report
@@ -112,17 +114,17 @@ def _measure(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     for target in targets:
         value = "not measured" if target["value"] is None else f"{target['value']:.2f}"
         print(f"{name}: {BY_NAME[target['case']].title}: {value} ({target['wish']})")
-    ceilings = {"linears_tokens_s": spread(values) for values in findings.linears_tokens_s.values()}
+    alone = findings.linears_tokens_s.get(arguments.threads)
     for row in measured:
-        if ceilings and (row["case"], row["engine"]) == ("decode", OURS):
-            row["share_of_linears"] = row["median"] / ceilings["linears_tokens_s"]["median"]
+        if alone and (row["case"], row["engine"]) == ("decode", OURS):
+            row["share_of_linears"] = row["median"] / median(alone)
     return {
         "model_type": kind,
         "config": config,
         "parameters": manifest["parameters"],
         "agreement": {"of": PROBE_TOKENS, "tokens": findings.agreed},
         "absent": findings.absent,
-        "ceilings": ceilings,
+        "ceilings": {"linears_tokens_s": alone and spread(alone)},
         "rows": measured,
         "targets": targets,
     }

@@ -61,7 +61,7 @@ def update_readme(result: Mapping[str, Any], readme: Path = HERE.parent / "READM
         raise NoPlace(f"{readme} needs the line {start} and after it the line {end}, each once; the table goes between them")
     before, rest = text.split(start)
     after = rest.split(end)[1]
-    readme.write_text(f"{before}{start}\n{TABLES[result['suite']](result)}\n{end}{after}")
+    readme.write_text(f"{before}{start}\n{TABLES[result['suite']](result).strip()}\n{end}{after}")
 
 
 def markers(suite: str) -> tuple[str, str]:
@@ -173,11 +173,8 @@ def _mixers_notes(result: Mapping[str, Any]) -> str:
     ]
     if shown:
         notes.append(f"If a token took the time of its linear layers alone, as torch computes them: {'; '.join(shown)}.")
-    notes += [
-        f"{name}: {TITLES[engine]} is absent ({reason})."
-        for name, model in result["models"].items()
-        for engine, reason in model["absent"].items()
-    ]
+    for name, model in result["models"].items():
+        notes += [f"{name}: {TITLES[engine]} is absent ({reason})." for engine, reason in model["absent"].items()]
     return " ".join(notes)
 
 
