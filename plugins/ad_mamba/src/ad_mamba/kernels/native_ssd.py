@@ -1,4 +1,4 @@
-"""SSD over slots on the CPU: decodes in C (`native_ssd.c`), prompts in torch."""
+"""SSD over slots on the CPU, in C (`native_ssd.c`)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import torch
 
 from ad_core.api import BufferSpec, Declined, Environment, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_core.kernels.slots import plan_buffers, read_plan
+from ad_core.kernels.slots import Step, plan_buffers
 from ad_core.native import NativeLibrary
-from ad_mamba.kernels.torch_ssd import TorchSSD, prompts
+from ad_mamba.kernels.torch_ssd import TorchSSD
 
 LIBRARY = NativeLibrary(Path(__file__).with_name("native_ssd.c"))
 
 # No argument is keyword-only: PyTorch parses those of an op ten times slower, and a decode's layer would feel it.
 SCHEMA = (
     "ad_mamba::ssd_native(Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, bool dt_softplus, "
-    "float dt_min, float? dt_max, Tensor(a!) ssm_state, Tensor state_slots, Tensor fresh, Tensor plan, Tensor records) -> Tensor"
+    "float dt_min, float? dt_max, Tensor(a!) ssm_state, Tensor plan, Tensor records) -> Tensor"
 )
 
 
@@ -37,8 +37,6 @@ def _ssd(
     dt_min: float,
     dt_max: float | None,
     ssm_state: torch.Tensor,
-    state_slots: torch.Tensor,
-    fresh: torch.Tensor,
     plan: torch.Tensor,
     records: torch.Tensor,
 ) -> torch.Tensor:
@@ -46,13 +44,11 @@ def _ssd(
 
     Reads and writes the states [slots, H, P, N] of the step's sequences. Rows past the batch's tokens are zero.
     """
-    (step, chunks), (_, T, H, P), (G, N) = read_plan(plan, records), x.shape, B.shape[2:]
-    if not step.decodes:
-        return prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
+    step, (_, T, H, P), (G, N) = Step(*plan.tolist()), x.shape, B.shape[2:]
     out = x.new_empty(x.shape)
     x_, B_, C_, z_ = _rows(x), _rows(B), _rows(C), None if z is None else _rows(z)
     A_, D_, bias = A.float().contiguous(), None if D is None else D.float(), None if dt_bias is None else dt_bias.float().contiguous()
-    _decode(x.dtype)(
+    _function(x.dtype)(
         x_.data_ptr(),
         x_.stride(1),
         dt.data_ptr(),
@@ -73,17 +69,17 @@ def _ssd(
         dt_min,
         math.inf if dt_max is None else dt_max,
         ssm_state.data_ptr(),
-        state_slots.data_ptr(),
-        fresh.data_ptr(),
-        out.data_ptr(),
+        records.data_ptr(),
         step.decodes,
+        step.prefills,
+        out.data_ptr(),
+        step.tokens,
+        T,
         H,
         P,
         G,
         N,
     )
-    if step.decodes < T:
-        out[:, step.decodes :] = prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
     return out
 
 
@@ -93,8 +89,8 @@ def _rows(value: torch.Tensor) -> torch.Tensor:
 
 
 @cache
-def _decode(dtype: torch.dtype) -> Callable[..., None]:
-    return LIBRARY.function("ssd_decode", "pipiippipipiipipiffppppiiiii", dtype)
+def _function(dtype: torch.dtype) -> Callable[..., None]:
+    return LIBRARY.function("ssd", "pipiippipipiipipiffppiipiiiiii", dtype)
 
 
 def _fake(x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -105,7 +101,7 @@ ssd_native = define_op(SCHEMA, _ssd, _fake)
 
 
 class NativeSSD(TorchSSD):
-    """Every state of a decode is read once and written once, where it lies, by C that is compiled for this CPU."""
+    """A decode's state is read once and written once, where it lies; a prompt goes through it in blocks, as products of small matrices."""
 
     name = "mamba.ssd.native"
     op = "ad_mamba::ssd_native"
