@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 from ad_core.api.errors import ConfigError, ModelError, UnknownModelError
 from ad_core.api.loading import Checkpoint, Loader
 from ad_core.capture.buffers import computed_buffers, constants_of
+from ad_core.capture.counting import counting_of
 from ad_core.capture.forward import forward_form
 from ad_core.capture.ties import untie
 from ad_core.capture.weights import Progress, fill_module, place_weights, read_weights, restore_module
@@ -23,6 +24,8 @@ _LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequen
 class ModelSource:
     """A model that can be captured: `module` (on meta if it comes from a checkpoint, else the user's own), `config`, `dtype`.
 
+    `max_model_len` is what was asked for or else the longest sequence that the model says it takes; a `ConfigError` if it cannot take
+    that. `counts_otherwise`: left to itself it takes other positions than 0, 1, 2 ...
     Weights of a checkpoint are read once, by the first call of `weights`, and kept until `release`; from then on the module is on
     meta again and the graph holds them alone. A module in memory lends its weights and is never changed.
     """
@@ -41,9 +44,11 @@ class ModelSource:
         computed: dict[str, torch.Tensor] | None = None,
     ):
         self.module, self.name, self.dtype, self.config, self.checkpoint = module, name, dtype, config, checkpoint
-        self.max_model_len, self.eos_token_ids = max_model_len, tuple(eos_token_ids)
+        self.eos_token_ids = tuple(eos_token_ids)
         self._tokenizer, self._asked = tokenizer, tokenizer is not None
         self._computed = computed or {}
+        self.counts_otherwise, table = counting_of(module, self.special_ids, self._computed)
+        self.max_model_len = _longest(max_model_len, config, table)
         self._weights: tuple[torch.device, dict[str, torch.Tensor]] | None = None
         self._filled: list[tuple[dict[str, Any], str, Any]] = []
 
@@ -51,6 +56,13 @@ class ModelSource:
     def in_memory(self) -> bool:
         """Whether the module is the user's own."""
         return self.checkpoint is None
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that may mean something else than text."""
+        values = [getattr(self.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")]
+        ids = {item for value in values for item in (value if isinstance(value, list | tuple) else [value])} | set(self.eos_token_ids)
+        return frozenset(item for item in ids if isinstance(item, int) and item >= 0)
 
     @property
     def nbytes(self) -> int:
@@ -169,7 +181,7 @@ def open_model(
         dtype=wanted,
         config=config,
         checkpoint=checkpoint,
-        max_model_len=_longest(max_model_len, config),
+        max_model_len=max_model_len,
         eos_token_ids=_ids(ends if ends is not None else _of_text(config, "eos_token_id")),
         tokenizer=_given_tokenizer(tokenizer, trust_remote_code),
         computed=computed_buffers(module, build),
@@ -260,7 +272,7 @@ def _from_memory(
         name=type(module).__name__,
         dtype=own,
         config=config,
-        max_model_len=_longest(max_model_len, config),
+        max_model_len=max_model_len,
         eos_token_ids=_ids(ends),
         tokenizer=_given_tokenizer(tokenizer, False),
     )
@@ -310,9 +322,9 @@ def _dtype(asked: str | torch.dtype, own: Any) -> torch.dtype:
     return value
 
 
-def _longest(asked: int | None, config: Any) -> int | None:
-    """Positions behind the model's last have no embedding, or one that it was never trained on."""
-    own = _length(config)
+def _longest(asked: int | None, config: Any, table: int | None) -> int | None:
+    """Positions behind the model's last have no embedding (of which a `table` has so many), or one that it was never trained on."""
+    own = min((length for length in (_length(config), table) if length is not None), default=None)
     if asked is not None and own is not None and asked > own:
         raise ConfigError(
             f"max_model_len {asked} is more than the model's {own}",

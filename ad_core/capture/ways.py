@@ -83,6 +83,8 @@ def capture(
     reference = None
     failures: list[tuple[str, Exception]] = []
     ways = list(reversed(list(_ways(source, seams, plan, failures))))
+    if source.counts_otherwise:
+        ways = [_own_positions(way) for way in ways]
     while ways:
         way = ways.pop()
         marks = len(plan.passes), len(plan.decisions)
@@ -99,7 +101,7 @@ def capture(
                 with plan.phase("weights"):
                     place_weights(graph, source.weights(device, progress))
                 with plan.phase("verify"):
-                    reference = reference or Reference(source.runnable(device), source.max_model_len, _special_ids(source))
+                    reference = reference or Reference(source.runnable(device), source.max_model_len, source.special_ids)
                     verdict = f"structure and numbers verified: {verify_numbers(graph, reference, source.dtype, device)}"
         except _FATAL:
             raise
@@ -109,7 +111,7 @@ def capture(
             plan.attempts.append(Attempt(way.name, False, _reason(error)))
             told = way.give_positions and isinstance(error, NumbersError) and reference is not None
             if told and not reference.counts_from_zero(vocabulary_of(graph)):  # type: ignore[union-attr]
-                ways.append(replace(way, name=f"{way.name}, its own positions", give_positions=False))
+                ways.append(_own_positions(way))
             if no_hope:
                 break
             continue
@@ -144,6 +146,10 @@ def _one_way(
         matched = apply_matchers(exported.graph, matchers, plan)
     plan.notes.extend(f"{way.name}: {reason}" for reason in matched.declined)
     return exported.graph, exported, matched
+
+
+def _own_positions(way: Way) -> Way:
+    return replace(way, name=f"{way.name}, its own positions", give_positions=False)
 
 
 def _ways(source: ModelSource, seams: Sequence[Offer[Seam]], plan: Plan, failures: list[tuple[str, Exception]]) -> Iterator[Way]:
@@ -221,12 +227,6 @@ def _beside_the_seams(graph: GraphModule, mixing: Sequence[MixingNode], way: Way
     return bool(reached) and not any(f"{entry.module}.".startswith(f"{path}.") for entry in mixing for path in reached)
 
 
-def _special_ids(source: ModelSource) -> frozenset[int]:
-    values = [getattr(source.config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id", "unk_token_id")]
-    ids = {item for value in values for item in (value if isinstance(value, list | tuple) else [value])} | set(source.eos_token_ids)
-    return frozenset(item for item in ids if isinstance(item, int) and item >= 0)
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, AdError):
         return f"{error.what} ({error.why})" if error.why else error.what
@@ -239,7 +239,7 @@ def _contradiction(
 ) -> CaptureError | None:
     """The error if it is the module itself that cannot be served. One that does not even run is one more of `failures`."""
     try:
-        reference = reference or Reference(source.runnable(device), source.max_model_len, _special_ids(source))
+        reference = reference or Reference(source.runnable(device), source.max_model_len, source.special_ids)
         why = contradiction(reference, source.dtype)
         better = _without_contradiction(source, reference) if why else None
     except Exception as error:  # the author's code and the checkpoint; the refusal says what they raised

@@ -301,19 +301,29 @@ def test_faults_of_the_checkpoint_are_not_blamed_on_the_way_in(tmp_path):
         Capture(tmp_path)
 
 
-def test_the_reference_uses_the_positions_of_the_module_itself():
-    class Offset(Toy):
-        """Positions start at 2, unless they are given: a graph that is given 0, 1, 2 ... is another model, so it is left to its own."""
+class Offset(Toy):
+    """Positions start at 2, unless they are given: a graph that is given 0, 1, 2 ... is another model, so it is left to its own."""
 
-        def __init__(self):
-            super().__init__()
-            self.places = nn.Embedding(99, 16)
+    def __init__(self, weight=False):
+        super().__init__()
+        self.places = nn.Embedding(99, 16)
+        offset = torch.tensor(2)
+        self.offset = nn.Parameter(offset, requires_grad=False) if weight else offset
 
-        def forward(self, input_ids, position_ids=None):
-            places = positions(input_ids) + 2 if position_ids is None else position_ids
-            return self.head(self.embed(input_ids) + self.places(places))
+    def forward(self, input_ids, position_ids=None):
+        places = positions(input_ids) + self.offset if position_ids is None else position_ids
+        return self.head(self.embed(input_ids) + self.places(places))
 
-    done = Capture(Offset())
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_positions_that_a_module_counts_otherwise_are_its_own_though_no_numbers_are_compared(verify):
+    done = Capture(Offset(), verify=verify)
+    assert done.plan.attempts[-1].accepted
+    assert all(attempt.way.endswith(", its own positions") for attempt in done.plan.attempts[1:])  # no seam reaches it
+
+
+def test_a_count_that_depends_on_a_weight_is_found_by_comparing_numbers():
+    done = Capture(Offset(weight=True))
     assert [attempt.accepted for attempt in done.plan.attempts][-2:] == [False, True]
     assert "logits differ from the module's at batch 1, length 1" in done.plan.attempts[-2].reason
     assert done.plan.attempts[-1].way.endswith(", its own positions")
