@@ -33,7 +33,8 @@ class LLM:
 
     `model` is a directory in Hugging Face's form, a .gguf file, or an `nn.Module` in memory whose forward takes
     `(input_ids, position_ids=None)` and returns logits or an object with `.logits`; a module without a `.config` needs
-    `max_model_len`, and `eos_token_id` if answers are to end by themselves. A module lends its weights and is left as it was.
+    `max_model_len`, unless it looks positions up in a table, and `eos_token_id` if answers are to end by themselves. A module lends its
+    weights and is left as it was.
 
     `max_batch_tokens` is the token budget of a step, and so the largest chunk of a prompt. `memory` is bytes or "2GiB", for
     all pools together. `plugins` holds options by plugin, `kernels` the kernel to use by canonical op. `config` is a TOML

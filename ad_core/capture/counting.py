@@ -64,7 +64,8 @@ def _meetings(plain: LogitsOnly, ids: torch.Tensor, positions: torch.Tensor | No
 
     def weightless(path: str, tensor: torch.Tensor) -> torch.Tensor:
         known = computed.get(path, tensor)
-        return known.to("meta") if isinstance(tensor, nn.Parameter) else known.to("cpu", copy=True)
+        weight = isinstance(tensor, nn.Parameter) or known.is_meta
+        return tensor.to("meta") if weight else known.to("cpu", copy=True)
 
     watch = _Watch()
     with inference_form(plain.module), stand_ins(plain.module, weightless), torch.no_grad(), watch, suppress(Exception):

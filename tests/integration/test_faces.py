@@ -93,10 +93,16 @@ def test_a_module_of_ones_own_is_served_and_left_as_it_was():
         assert output.outputs[0].token_ids == greedy(plain.eval(), ids(length), 8)
 
 
-def test_a_module_that_says_no_length_needs_one():
+def test_a_module_that_says_no_length_needs_one_unless_its_table_of_positions_does():
+    class Placeless(Plain):
+        def forward(self, input_ids):
+            return super().forward(input_ids, torch.zeros_like(input_ids))
+
     options = {key: value for key, value in SMALL.items() if key != "max_model_len"}
     with pytest.raises(errors.ConfigError, match="max_model_len"):
-        LLM(Plain(), **options)
+        LLM(Placeless(), **options)
+    with LLM(Plain(), **options) as llm:
+        assert llm.max_length == 128
 
 
 def test_a_mixer_that_nothing_claims_is_refused_with_its_place():
