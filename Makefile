@@ -30,7 +30,7 @@ BIN      := $(VENV)/bin
 AGED     := $(VENV)-oldest
 READY    := $(VENV)/.ready
 MODEL    := $(WEIGHTS)/SmolLM2-135M-Instruct.Q4_1.gguf
-PACKAGES := . plugins/ad_attention plugins/ad_conv plugins/ad_mamba plugins/ad_deltanet plugins/ad_linear plugins/ad_rnn plugins/ad_moe plugins/ad_quant
+PACKAGES := . plugins/ad_attention plugins/ad_conv plugins/ad_mamba plugins/ad_deltanet plugins/ad_linear plugins/ad_rnn plugins/ad_moe plugins/ad_quant plugins/ad_fusion
 
 .PHONY: demo test test-oldest zoo lint wheels clean
 

@@ -206,10 +206,10 @@ def _pack(graph: GraphModule, weights: Sequence[_Weight], arena: Arena) -> list[
         for node in weights[0].linears:
             replace(node, _packed_linear(node, layout, path, bound_arguments(node)["bias"], rows[0]))
         for node in weights[0].embeddings:
+            packed = _read_packed(node, path, node.args[0])  # type: ignore[arg-type]
             with node.graph.inserting_before(node):
-                packed = node.graph.get_attr(path)
                 call = node.graph.call_function(packed_embedding, (packed, node.args[1]))
-            packed.meta, call.meta = dict(node.args[0].meta), dict(node.meta)  # type: ignore[union-attr]
+            call.meta = dict(node.meta)
             replace(node, call)
     else:
         biases = _merge([weight.linears[0] for weight in weights], layout, rows, path)
@@ -250,14 +250,24 @@ def _merge(linears: Sequence[Node], layout: Layout, rows: Sequence[int], path: s
 def _packed_linear(node: Node, layout: Layout, path: str, bias: Node | None, width: int) -> Node:
     """The call in the place of the linear `node`, with `width` outputs."""
     arguments = bound_arguments(node)
+    packed = _read_packed(node, path, arguments["weight"])
     with node.graph.inserting_before(node):
-        packed = node.graph.get_attr(path)
-        packed.meta = dict(arguments["weight"].meta)
         call = node.graph.call_function(layout.linear, layout.arguments(arguments["input"], packed, bias, width))
     call.meta = dict(node.meta)
     value = node.meta["val"]
     call.meta["val"] = value.new_empty(*value.shape[:-1], width)
     return call
+
+
+def _read_packed(before: Node, path: str, weight: Node) -> Node:
+    """A read of the packed tensor under `path`, in the place of one of the unpacked `weight`."""
+    owner = before.graph.owning_module
+    tensor = None if owner is None else tensor_at(owner, path)
+    assert tensor is not None
+    with before.graph.inserting_before(before):
+        packed = before.graph.get_attr(path)
+    packed.meta = {**weight.meta, "val": weight.meta["val"].new_empty(tensor.shape)}
+    return packed
 
 
 def _reshape_views(node: Node) -> None:

@@ -80,11 +80,12 @@ def _pack(graph: GraphModule, node: Node, arena: Arena) -> None:
             continue
         weight, path = _weights(graph, node)[name], f"{source.target}_packed"
         widths[name] = int(weight.shape[1])
-        set_tensor(graph, path, pack(weight, arena.take(packed_bytes(weight))))
+        value = pack(weight, arena.take(packed_bytes(weight)))
+        set_tensor(graph, path, value)
         del weight
         with graph.graph.inserting_before(node):
             packed[name] = graph.graph.get_attr(path)
-        packed[name].meta = dict(source.meta)
+        packed[name].meta = {**source.meta, "val": source.meta["val"].new_empty(value.shape)}
         node.replace_input_with(source, packed[name])
         graph.graph.erase_node(source)
         delete_tensor(graph, str(source.target))

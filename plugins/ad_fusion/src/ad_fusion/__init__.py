@@ -1,0 +1,1 @@
+"""Operations that belong together, computed as one, as a plugin of ad-core."""
