@@ -9,6 +9,7 @@ from torch.fx import GraphModule, Node
 
 from ad_core.api import Pass, PassContext, PassReport, Stage
 from ad_core.graph.edit import insert_call, is_op, replace
+from ad_fusion.nodes import called, only_user, other_factor
 from ad_fusion.norm import LIBRARY, rms_norm
 
 _CASTS = ("aten::to", "aten::_to_copy", "aten::type_as")
@@ -65,24 +66,24 @@ class _Norm:
 
 def _norm_around(rsqrt: Node) -> _Norm | None:
     """The norm whose inverse root this is. All between is read by nothing else, and is float32."""
-    shifted, scaled = _called(rsqrt.args[0], "aten::add"), _only_user(rsqrt)
+    shifted, scaled = called(rsqrt.args[0], "aten::add"), only_user(rsqrt)
     if shifted is None or scaled is None or not is_op(scaled, "aten::mul"):
         return None
-    mean, eps = _called(shifted.args[0], "aten::mean"), shifted.args[1]
-    wide = _other(scaled, rsqrt)
+    mean, eps = called(shifted.args[0], "aten::mean"), shifted.args[1]
+    wide = other_factor(scaled, rsqrt)
     if mean is None or not isinstance(eps, float | int) or shifted.kwargs or wide is None:
         return None
     if not _is_mean_square(mean, wide) or wide.meta["val"].dtype != torch.float32:
         return None
     weight, round_first, last = None, False, scaled
-    after = _only_user(scaled)
+    after = only_user(scaled)
     if after is not None and is_op(after, "aten::mul") and (weight := _weight(after, scaled)) is not None:
         last = after
-        if (cast := _only_user(after)) is not None and _rounds(cast):
+        if (cast := only_user(after)) is not None and _rounds(cast):
             last = cast
     elif after is not None and _rounds(after):
         last = after
-        product = _only_user(after)
+        product = only_user(after)
         if product is not None and is_op(product, "aten::mul") and product.meta["val"].dtype == after.meta["val"].dtype:
             weight = _weight(product, after)
             last, round_first = (after, False) if weight is None else (product, True)
@@ -97,32 +98,16 @@ def _norm_around(rsqrt: Node) -> _Norm | None:
 def _is_mean_square(mean: Node, x: Node) -> bool:
     """Whether it is the mean of the squares of x along its last dimension, which stays."""
     given, dims, keep = (*mean.args, None, None)[:3]
-    square = _called(given, "aten::pow", "aten::square", "aten::mul")
+    square = called(given, "aten::pow", "aten::square", "aten::mul")
     along_last = isinstance(dims, list | tuple) and len(dims) == 1 and dims[0] in (-1, x.meta["val"].dim() - 1)
     if square is None or square.args[0] is not x or mean.kwargs or not along_last or keep is not True:
         return False
     return len(square.args) == 1 or square.args[1] is x or (is_op(square, "aten::pow") and square.args[1] in (2, 2.0))
 
 
-def _called(value: object, *ops: str) -> Node | None:
-    """The node, if it calls one of the ops and is read once."""
-    return value if isinstance(value, Node) and is_op(value, *ops) and len(value.users) == 1 else None
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _other(product: Node, one: Node) -> Node | None:
-    """The other factor."""
-    first, second = product.args[:2]
-    other = second if first is one else first
-    return other if isinstance(other, Node) and other is not one else None
-
-
 def _weight(product: Node, x: Node) -> Node | None:
     """The factor [D] that x [..., D] is multiplied by."""
-    other = _other(product, x)
+    other = other_factor(product, x)
     value = other.meta.get("val") if other is not None else None
     width = x.meta["val"].shape[-1]
     return other if isinstance(value, torch.Tensor) and value.dim() == 1 and isinstance(width, int) and value.shape[0] == width else None

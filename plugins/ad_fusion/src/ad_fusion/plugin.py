@@ -16,5 +16,6 @@ INFO = PluginInfo(name="fusion", api=(1, 0), op_namespaces=("ad_fusion",), summa
 @hookimpl
 def ad_passes() -> Sequence[Pass]:
     from ad_fusion.norm_pass import FuseNorms
+    from ad_fusion.rotary_pass import FuseRotary
 
-    return [FuseNorms()]
+    return [FuseNorms(), FuseRotary()]

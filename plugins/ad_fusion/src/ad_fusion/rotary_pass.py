@@ -1,0 +1,134 @@
+"""Finds rotary embeddings, which models write as seven operations, and makes one of each."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import GraphModule, Node
+
+from ad_core.api import Pass, PassContext, PassReport, Stage
+from ad_core.graph.calls import bound_arguments
+from ad_core.graph.edit import insert_call, is_op, replace
+from ad_fusion.nodes import called, other_factor
+from ad_fusion.rotary import LIBRARY, rotary
+
+
+class FuseRotary(Pass):
+    """`x * cosine + cat((-x2, x1)) * sine`, where x1 and x2 are the halves of x [B, P, Q, D], becomes `ad_fusion::rotary` on the CPU."""
+
+    name = "fusion.rotary"
+    stage = Stage.COMPILE
+    before = ("core.prepack",)
+    safety = "reordered"
+    requires_ops = ("aten::neg", "aten::cat")
+
+    def run(self, graph: GraphModule, context: PassContext) -> PassReport:
+        report = PassReport()
+        if context.device.type != "cpu":
+            report.declined.append(f"the model runs on {context.device}: the fused rotary embedding is the CPU's")
+            return report
+        for node in list(graph.graph.nodes):
+            found = _rotation(node) if is_op(node, "aten::add") else None
+            if found is None:
+                continue
+            reason = found.why_not(node)
+            if reason is not None:
+                report.declined.append(f"{node.name}: {reason}")
+                continue
+            replace(node, insert_call(node, rotary, found.x, found.cosine, found.sine, _is_swapped(found.x)))
+            report.matched += 1
+        graph.graph.eliminate_dead_code()
+        return report
+
+
+@dataclass(frozen=True)
+class _Rotation:
+    x: Node
+    cosine: Node
+    sine: Node
+
+    def why_not(self, result: Node) -> str | None:
+        """Why the sum `result` is left as it is; None if the op can be put in."""
+        x, out, angles = self.x.meta["val"], result.meta["val"], [self.cosine.meta["val"], self.sine.meta["val"]]
+        if x.dim() != 4 or any(value.dim() != 4 for value in angles):
+            return "it is not of four dimensions"
+        if any(value.dtype != x.dtype for value in (out, *angles)):
+            return "its angles are of another dtype"
+        if [str(size) for size in out.shape] != [str(size) for size in x.shape]:
+            return "its angles are for more rows than there are"
+        declined = LIBRARY.declined(x.dtype)
+        return None if declined is None else declined.reason
+
+
+def _rotation(total: Node) -> _Rotation | None:
+    """The rotation that ends in this sum. All between is read by nothing else."""
+    if total.kwargs or len(total.args) != 2:
+        return None
+    for plain, turned in (total.args, total.args[::-1]):
+        straight, crossed = called(plain, "aten::mul"), called(turned, "aten::mul")
+        if straight is None or crossed is None or straight is crossed:
+            continue
+        for exchanged in crossed.args:
+            x = _halves_exchanged(exchanged)
+            if x is None or x not in straight.args:
+                continue
+            cosine, sine = other_factor(straight, x), other_factor(crossed, exchanged)  # type: ignore[arg-type]
+            if cosine is not None and sine is not None:
+                return _Rotation(x, cosine, sine)
+    return None
+
+
+def _halves_exchanged(value: object) -> Node | None:
+    """x, if the value is (-x2, x1) of its halves x1 and x2."""
+    joined = called(value, "aten::cat")
+    if joined is None or not isinstance(joined.args[0], list | tuple) or len(joined.args[0]) != 2:
+        return None
+    negative, lower = joined.args[0]
+    negative = called(negative, "aten::neg")
+    first, second = _half(lower), _half(negative.args[0] if negative is not None else None)
+    if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) != (0, 1):
+        return None
+    dim = joined.args[1] if len(joined.args) > 1 else 0
+    return first[0] if dim in (-1, joined.meta["val"].dim() - 1) else None
+
+
+def _half(value: object) -> tuple[Node, int] | None:
+    """(x, 0) of the first half of x's last dimension, (x, 1) of the second."""
+    if not isinstance(value, Node):
+        return None
+    if value.op == "call_function" and value.target is operator.getitem:
+        split, number = value.args
+        return _part(split, number) if isinstance(split, Node) else None
+    if not is_op(value, "aten::slice"):
+        return None
+    given = bound_arguments(value)
+    x, start, stop = given["self"], given["start"] or 0, given["end"]
+    width = x.meta["val"].shape[-1]
+    if given["dim"] not in (-1, x.meta["val"].dim() - 1) or given["step"] != 1 or not isinstance(width, int) or width % 2:
+        return None
+    if start == 0 and stop == width // 2:
+        return x, 0
+    return (x, 1) if start == width // 2 and (stop is None or stop >= width) else None
+
+
+def _part(split: Node, number: Any) -> tuple[Node, int] | None:
+    """The same of a part of a split in two."""
+    if not is_op(split, "aten::chunk", "aten::split", "aten::split_with_sizes") or number not in (0, 1):
+        return None
+    x = split.args[0]
+    dim = split.args[2] if len(split.args) > 2 else 0
+    widths = [part.shape[-1] for part in split.meta["val"]]
+    if not isinstance(x, Node) or dim not in (-1, x.meta["val"].dim() - 1) or len(widths) != 2 or widths[0] != widths[1]:
+        return None
+    return x, number
+
+
+def _is_swapped(x: Node) -> bool:
+    """Whether x [B, P, Q, D] lies in memory as [B, Q, P, D]."""
+    while is_op(x, "aten::slice") and isinstance(x.args[0], Node):
+        x = x.args[0]
+    if is_op(x, "aten::transpose"):
+        return {int(dim) % 4 for dim in x.args[1:3]} == {1, 2}  # type: ignore[arg-type]
+    return is_op(x, "aten::permute") and list(x.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
