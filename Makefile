@@ -1,7 +1,7 @@
 # make demo    real weights through our own captured, cached and compiled graph
 # make test    the tests of the core and of every plugin
 # make test-oldest   a sample of the tests with the oldest transformers that the packages ask for
-# make zoo     every model type of the zoo, docs/support.md from what came of it, and the index (three quarters of an hour on two cores)
+# make zoo     every model type of the zoo, docs/support.md from what came of it, and the index (a quarter of an hour on two cores)
 # make lint    style, types, and who may import whom
 # make wheels  every distribution, into dist/
 #
