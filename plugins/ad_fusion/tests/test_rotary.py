@@ -67,6 +67,14 @@ class Rotated(nn.Module):
             case "a part of each head":
                 x, rest = x[..., :4], x[..., 4:]
                 result = torch.cat((x * cosine[..., :4] + turned(x) * sine[..., :4], rest), -1)
+            case "scaled after the exchange":
+                x = self.embed(input_ids).unflatten(-1, (2, 8)).transpose(1, 2) * 0.5
+                result = x * cosine + turned(x) * sine
+            case "one of three":
+                x = torch.cat([self.embed(input_ids)] * 3, -1).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)[1]
+                result = x * cosine + turned(x) * sine
+            case "one angle a token":
+                result = x * cosine[..., :1] + half * sine[..., :1]
             case "float32 angles":
                 result = (x * cosine.float() + half * sine.float()).to(x.dtype)
             case "thirds":
@@ -75,14 +83,14 @@ class Rotated(nn.Module):
                 result = x * cosine + torch.cat((x[..., 4:], -x[..., :4]), -1) * sine
             case "a second reader":
                 result = x * cosine + half * sine + half
-        return self.head(result.transpose(1, 2).flatten(2))
+        return self.head(result.transpose(1, 2).reshape(*input_ids.shape, 16))
 
 
-WAYS = ("slices", "chunks", "a part of each head")
+WAYS = ("slices", "chunks", "a part of each head", "scaled after the exchange", "one of three")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("way", [*WAYS, "thirds", "the other sign", "a second reader"])
+@pytest.mark.parametrize("way", [*WAYS, "one angle a token", "thirds", "the other sign", "a second reader"])
 def test_the_pass_finds_rotations_as_models_write_them_and_nothing_else(way, dtype):
     module, ids, allowed = Rotated(way, dtype), torch.arange(12).view(2, 6), 1e-5 if dtype == torch.float32 else 1e-2
     compiled = ad_core.compile(module, max_model_len=16, verify=True)

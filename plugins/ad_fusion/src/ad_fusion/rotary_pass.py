@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import GraphModule, Node
 
 from ad_core.api import Pass, PassContext, PassReport, Stage
@@ -37,7 +38,7 @@ class FuseRotary(Pass):
             if reason is not None:
                 report.declined.append(f"{node.name}: {reason}")
                 continue
-            replace(node, insert_call(node, rotary, found.x, found.cosine, found.sine, _is_swapped(found.x)))
+            replace(node, insert_call(node, rotary, found.x, found.cosine, found.sine, _layout(node.meta["val"])))
             report.matched += 1
         graph.graph.eliminate_dead_code()
         return report
@@ -56,8 +57,10 @@ class _Rotation:
             return "it is not of four dimensions"
         if any(value.dtype != x.dtype for value in (out, *angles)):
             return "its angles are of another dtype"
-        if [str(size) for size in out.shape] != [str(size) for size in x.shape]:
-            return "its angles are for more rows than there are"
+        if [str(size) for size in out.shape] != [str(size) for size in x.shape] or any(value.shape[3] != x.shape[3] for value in angles):
+            return "its angles are not of its shape"
+        if _layout(out) is None:
+            return "its result lies in no order that the kernel writes"
         declined = LIBRARY.declined(x.dtype)
         return None if declined is None else declined.reason
 
@@ -125,10 +128,8 @@ def _part(split: Node, number: Any) -> tuple[Node, int] | None:
     return x, number
 
 
-def _is_swapped(x: Node) -> bool:
-    """Whether x [B, P, Q, D] lies in memory as [B, Q, P, D]."""
-    while is_op(x, "aten::slice") and isinstance(x.args[0], Node):
-        x = x.args[0]
-    if is_op(x, "aten::transpose"):
-        return {int(dim) % 4 for dim in x.args[1:3]} == {1, 2}  # type: ignore[arg-type]
-    return is_op(x, "aten::permute") and list(x.args[1]) == [0, 2, 1, 3]  # type: ignore[arg-type]
+def _layout(result: torch.Tensor) -> bool | None:
+    """Whether [B, P, Q, D] lies in memory as [B, Q, P, D]; None if it lies in neither order."""
+    if result.is_contiguous():
+        return False
+    return True if result.transpose(1, 2).is_contiguous() else None
