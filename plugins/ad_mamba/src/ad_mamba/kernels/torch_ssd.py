@@ -8,7 +8,7 @@ import torch
 
 from ad_core.api import BatchView, BufferSpec, Kernel, Limits, OpCall
 from ad_core.graph.ops import define_op
-from ad_core.kernels.slots import Chunk, Step, plan_buffers, plan_step, put_states, read_plan, take_states
+from ad_core.kernels.slots import plan_buffers, plan_step, put_states, read_plan, take_states
 from ad_mamba.op.common import time_steps
 from ad_mamba.op.ssd import OP, chunked, gated
 
@@ -43,51 +43,26 @@ def _ssd(
     batch's tokens are zero.
     """
     (step, chunks), T = read_plan(plan, records), x.shape[1]
-    if not step.decodes:
-        return prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)
-    rows = slice(0, step.decodes)
-    steps = time_steps(dt[0, rows], dt_bias, dt_softplus, dt_min, dt_max)
-    state = take_states(ssm_state, step, slots, stale)
-    decoded = _decode(x[0, rows], steps, A, B[0, rows], C[0, rows], state)
-    put_states(ssm_state, state, step, slots)
-    decoded = gated(decoded[None], x[:, rows], D, None if z is None else z[:, rows])
-    if step.decodes == T:  # a step of decodes and nothing else: its result is the output
-        return decoded
-    return torch.cat([decoded, prompts(step, chunks, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, ssm_state)], 1)
-
-
-def prompts(
-    step: Step,
-    chunks: list[Chunk],
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    D: torch.Tensor | None,
-    z: torch.Tensor | None,
-    dt_bias: torch.Tensor | None,
-    dt_softplus: bool,
-    dt_min: float,
-    dt_max: float | None,
-    ssm_state: torch.Tensor,
-) -> torch.Tensor:
-    """The rows behind the decodes: chunks of prompts, and padding, which is zero. [1, T - decodes, H, P]"""
-    behind = slice(step.decodes, None)
-    x, dt, B, C = (value[:, behind] for value in (x, dt, B, C))
-    z = None if z is None else z[:, behind]
     steps = time_steps(dt, dt_bias, dt_softplus, dt_min, dt_max)
     for chunk in chunks:
         if chunk.fresh:
             ssm_state[chunk.slot].zero_()
-    if len(chunks) == 1 and chunks[0].size == x.shape[1]:  # one prompt and nothing else: its result is the output
+    if len(chunks) == 1 and chunks[0].size == T:  # one prompt and nothing else: its result is the output
         return gated(_prefill(x, steps, A, B, C, ssm_state[chunks[0].slot]), x, D, z)
-    out = steps.new_empty(x.shape)
+    parts = []
+    if step.decodes:
+        rows = slice(0, step.decodes)
+        state = take_states(ssm_state, step, slots, stale)
+        parts.append(_decode(x[0, rows], steps[0, rows], A, B[0, rows], C[0, rows], state)[None])
+        put_states(ssm_state, state, step, slots)
     for chunk in chunks:
-        rows = slice(chunk.token - step.decodes, chunk.token - step.decodes + chunk.size)
-        out[:, rows] = _prefill(x[:, rows], steps[:, rows], A, B[:, rows], C[:, rows], ssm_state[chunk.slot])
-    result = gated(out, x, D, z)
-    result[0, step.tokens - step.decodes :].zero_()
+        rows = slice(chunk.token, chunk.token + chunk.size)
+        parts.append(_prefill(x[:, rows], steps[:, rows], A, B[:, rows], C[:, rows], ssm_state[chunk.slot]))
+    if step.tokens < T:
+        parts.append(steps.new_empty(1, T - step.tokens, *x.shape[2:]))
+    result = gated(parts[0] if len(parts) == 1 else torch.cat(parts, 1), x, D, z)
+    if step.tokens < T:
+        result[0, step.tokens :].zero_()
     return result
 
 
