@@ -2,97 +2,68 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from ad_core.api import Pass, PassContext, PassReport, Stage
-from ad_core.graph.edit import insert_call, is_op, replace
-from ad_fusion.nodes import called, only_user, other_factor
+from ad_core.graph.edit import is_op
+from ad_fusion.fusing import Found, Fusion, called, only_user, other_factor
 from ad_fusion.norm import LIBRARY, rms_norm
 
 _CASTS = ("aten::to", "aten::_to_copy", "aten::type_as")
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class FuseNorms(Pass):
+class FuseNorms(Fusion):
     """`x * rsqrt(mean(x ** 2) + eps) * weight`, in float32 and with any cast around it, becomes `ad_fusion::rms_norm` on the CPU."""
 
     name = "fusion.norms"
-    stage = Stage.COMPILE
-    before = ("core.prepack",)
-    safety = "reordered"
-    requires_ops = ("aten::rsqrt",)
+    op = rms_norm
+    anchor = "aten::rsqrt"
+    requires_ops = (anchor,)
 
-    def run(self, graph: GraphModule, context: PassContext) -> PassReport:
-        report = PassReport()
-        if context.device.type != "cpu":
-            report.declined.append(f"the model runs on {context.device}: the fused norm is the CPU's")
-            return report
-        for node in list(graph.graph.nodes):
-            found = _norm_around(node) if is_op(node, "aten::rsqrt") else None
-            if found is None:
-                continue
-            reason = found.why_not()
-            if reason is not None:
-                report.declined.append(f"{node.name}: {reason}")
-                continue
-            fused = insert_call(found.last, rms_norm, found.source, found.weight, found.eps, found.round_first, found.dtype)
-            replace(found.last, fused)
-            report.matched += 1
-        graph.graph.eliminate_dead_code()
-        return report
-
-
-@dataclass(frozen=True)
-class _Norm:
-    """A norm in a graph: what it reads, its result `last`, and the arguments of the op that computes it."""
-
-    source: Node
-    last: Node
-    weight: Node | None
-    eps: float
-    round_first: bool
-    dtype: torch.dtype
-
-    def why_not(self) -> str | None:
-        """Why it is left as it is; None if the op can be put in."""
-        if not self.last.meta["val"].is_contiguous():
-            return "its result is not contiguous"
-        declined = LIBRARY.declined(self.dtype)
-        return None if declined is None else declined.reason
+    def find(self, node: Node) -> Found | None:
+        """The norm whose inverse root this is. All between is read by nothing else, and is float32."""
+        shifted, scaled = called(node.args[0], "aten::add"), only_user(node)
+        if shifted is None or scaled is None or not is_op(scaled, "aten::mul"):
+            return None
+        mean, eps = called(shifted.args[0], "aten::mean"), shifted.args[1]
+        wide = other_factor(scaled, node)
+        if mean is None or not isinstance(eps, float | int) or shifted.kwargs or wide is None:
+            return None
+        if not _is_mean_square(mean, wide) or wide.meta["val"].dtype != torch.float32:
+            return None
+        last, weight, round_first = _weighted(scaled)
+        dtype = last.meta["val"].dtype
+        if weight is not None and weight.meta["val"].dtype not in (torch.float32, dtype):
+            return None
+        narrow = wide.args[0] if is_op(wide, *_CASTS) else None
+        source = narrow if isinstance(narrow, Node) and narrow.meta["val"].dtype == dtype else wide
+        return Found(last, (source, weight, float(eps), round_first, dtype), _why_not(last))
 
 
-def _norm_around(rsqrt: Node) -> _Norm | None:
-    """The norm whose inverse root this is. All between is read by nothing else, and is float32."""
-    shifted, scaled = called(rsqrt.args[0], "aten::add"), only_user(rsqrt)
-    if shifted is None or scaled is None or not is_op(scaled, "aten::mul"):
-        return None
-    mean, eps = called(shifted.args[0], "aten::mean"), shifted.args[1]
-    wide = other_factor(scaled, rsqrt)
-    if mean is None or not isinstance(eps, float | int) or shifted.kwargs or wide is None:
-        return None
-    if not _is_mean_square(mean, wide) or wide.meta["val"].dtype != torch.float32:
-        return None
-    weight, round_first, last = None, False, scaled
+def _weighted(scaled: Node) -> tuple[Node, Node | None, bool]:
+    """Where a norm ends whose quotient is `scaled`, its weight, and whether the quotient is rounded before it meets that."""
     after = only_user(scaled)
-    if after is not None and is_op(after, "aten::mul") and (weight := _weight(after, scaled)) is not None:
-        last = after
-        if (cast := only_user(after)) is not None and _rounds(cast):
-            last = cast
-    elif after is not None and _rounds(after):
-        last = after
-        product = only_user(after)
-        if product is not None and is_op(product, "aten::mul") and product.meta["val"].dtype == after.meta["val"].dtype:
-            weight = _weight(product, after)
-            last, round_first = (after, False) if weight is None else (product, True)
-    dtype = last.meta["val"].dtype
-    if weight is not None and weight.meta["val"].dtype not in (torch.float32, dtype):
-        return None
-    narrow = wide.args[0] if is_op(wide, *_CASTS) else None
-    source = narrow if isinstance(narrow, Node) and narrow.meta["val"].dtype == dtype else wide
-    return _Norm(source, last, weight, float(eps), round_first, dtype)
+    if after is None:
+        return scaled, None, False
+    if is_op(after, "aten::mul") and (weight := _weight(after, scaled)) is not None:
+        cast = only_user(after)
+        return (cast if cast is not None and _rounds(cast) else after), weight, False
+    if not _rounds(after):
+        return scaled, None, False
+    product = only_user(after)
+    if product is not None and is_op(product, "aten::mul") and product.meta["val"].dtype == after.meta["val"].dtype:
+        weight = _weight(product, after)
+        if weight is not None:
+            return product, weight, True
+    return after, None, False
+
+
+def _why_not(last: Node) -> str | None:
+    if not last.meta["val"].is_contiguous():
+        return "its result is not contiguous"
+    declined = LIBRARY.declined(last.meta["val"].dtype)
+    return None if declined is None else declined.reason
 
 
 def _is_mean_square(mean: Node, x: Node) -> bool:

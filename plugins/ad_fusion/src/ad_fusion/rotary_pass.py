@@ -3,84 +3,56 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
-from ad_core.api import Pass, PassContext, PassReport, Stage
 from ad_core.graph.calls import bound_arguments
-from ad_core.graph.edit import insert_call, is_op, replace
-from ad_fusion.nodes import called, other_factor
+from ad_core.graph.edit import is_op
+from ad_fusion.fusing import Found, Fusion, called, other_factor
 from ad_fusion.rotary import LIBRARY, rotary
 
 
-class FuseRotary(Pass):
+class FuseRotary(Fusion):
     """`x * cosine + cat((-x2, x1)) * sine`, where x1 and x2 are the halves of x [B, P, Q, D], becomes `ad_fusion::rotary` on the CPU."""
 
     name = "fusion.rotary"
-    stage = Stage.COMPILE
-    before = ("core.prepack",)
-    safety = "reordered"
+    op = rotary
+    anchor = "aten::add"
     requires_ops = ("aten::neg", "aten::cat")
 
-    def run(self, graph: GraphModule, context: PassContext) -> PassReport:
-        report = PassReport()
-        if context.device.type != "cpu":
-            report.declined.append(f"the model runs on {context.device}: the fused rotary embedding is the CPU's")
-            return report
-        for node in list(graph.graph.nodes):
-            found = _rotation(node) if is_op(node, "aten::add") else None
-            if found is None:
+    def find(self, node: Node) -> Found | None:
+        """The rotation that ends in this sum. All between is read by nothing else."""
+        if node.kwargs or len(node.args) != 2:
+            return None
+        for plain, turned in (node.args, node.args[::-1]):
+            straight, crossed = called(plain, "aten::mul"), called(turned, "aten::mul")
+            if straight is None or crossed is None or straight is crossed:
                 continue
-            reason = found.why_not(node)
-            if reason is not None:
-                report.declined.append(f"{node.name}: {reason}")
-                continue
-            replace(node, insert_call(node, rotary, found.x, found.cosine, found.sine, _layout(node.meta["val"])))
-            report.matched += 1
-        graph.graph.eliminate_dead_code()
-        return report
-
-
-@dataclass(frozen=True)
-class _Rotation:
-    x: Node
-    cosine: Node
-    sine: Node
-
-    def why_not(self, result: Node) -> str | None:
-        """Why the sum `result` is left as it is; None if the op can be put in."""
-        x, out, angles = self.x.meta["val"], result.meta["val"], [self.cosine.meta["val"], self.sine.meta["val"]]
-        if x.dim() != 4 or any(value.dim() != 4 for value in angles):
-            return "it is not of four dimensions"
-        if any(value.dtype != x.dtype for value in (out, *angles)):
-            return "its angles are of another dtype"
-        if [str(size) for size in out.shape] != [str(size) for size in x.shape] or any(value.shape[3] != x.shape[3] for value in angles):
-            return "its angles are not of its shape"
-        if _layout(out) is None:
-            return "its result lies in no order that the kernel writes"
-        declined = LIBRARY.declined(x.dtype)
-        return None if declined is None else declined.reason
-
-
-def _rotation(total: Node) -> _Rotation | None:
-    """The rotation that ends in this sum. All between is read by nothing else."""
-    if total.kwargs or len(total.args) != 2:
+            for exchanged in crossed.all_input_nodes:
+                x = _halves_exchanged(exchanged)
+                if x is None or x not in straight.args:
+                    continue
+                cosine, sine = other_factor(straight, x), other_factor(crossed, exchanged)
+                if cosine is not None and sine is not None:
+                    swapped = _layout(node.meta["val"])
+                    return Found(node, (x, cosine, sine, swapped), _why_not(node, x, cosine, sine))
         return None
-    for plain, turned in (total.args, total.args[::-1]):
-        straight, crossed = called(plain, "aten::mul"), called(turned, "aten::mul")
-        if straight is None or crossed is None or straight is crossed:
-            continue
-        for exchanged in crossed.args:
-            x = _halves_exchanged(exchanged)
-            if x is None or x not in straight.args:
-                continue
-            cosine, sine = other_factor(straight, x), other_factor(crossed, exchanged)  # type: ignore[arg-type]
-            if cosine is not None and sine is not None:
-                return _Rotation(x, cosine, sine)
-    return None
+
+
+def _why_not(result: Node, *operands: Node) -> str | None:
+    out, x, *angles = (node.meta["val"] for node in (result, *operands))
+    if any(value.dim() != 4 for value in (x, *angles)):
+        return "it is not of four dimensions"
+    if any(value.dtype != x.dtype for value in (out, *angles)):
+        return "its angles are of another dtype"
+    if [str(size) for size in out.shape] != [str(size) for size in x.shape] or any(value.shape[3] != x.shape[3] for value in angles):
+        return "its angles are not of its shape"
+    if _layout(out) is None:
+        return "its result lies in no order that the kernel writes"
+    declined = LIBRARY.declined(x.dtype)
+    return None if declined is None else declined.reason
 
 
 def _halves_exchanged(value: object) -> Node | None:
@@ -130,6 +102,8 @@ def _part(split: Node, number: Any) -> tuple[Node, int] | None:
 
 def _layout(result: torch.Tensor) -> bool | None:
     """Whether [B, P, Q, D] lies in memory as [B, Q, P, D]; None if it lies in neither order."""
+    if result.dim() != 4:
+        return None
     if result.is_contiguous():
         return False
     return True if result.transpose(1, 2).is_contiguous() else None
