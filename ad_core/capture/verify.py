@@ -6,16 +6,15 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import nn
-from torch.fx import GraphModule, Interpreter
-from torch.utils import _pytree as pytree
+from torch.fx import GraphModule
 
 from ad_core.api.errors import CaptureError, CheckpointError
 from ad_core.capture.forward import LogitsOnly
 from ad_core.capture.scope import inference_form, tensors_kept
+from ad_core.graph.float32 import HALF, InFloat32
 from ad_core.graph.ops import qualified_name
 from ad_core.graph.tokens import MixingNode, find_mixing
 
@@ -24,8 +23,6 @@ SIZE_LIMIT = 2 << 30
 
 SHAPES = ((1, 1), (2, 9), (1, 33))
 """Batch and length of the three comparisons."""
-
-HALF = (torch.bfloat16, torch.float16)
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 4e-2}
 """Largest difference, for float32 and float64 of the largest single logit, below that of the root mean square, over the spread of the
@@ -160,24 +157,10 @@ def _same_in_float32(graph: GraphModule, given: Sequence[torch.Tensor], referenc
     try:
         wanted = reference.in_float32(ids)
         with torch.no_grad():
-            logits = _InFloat32(graph).run(*given).float().cpu()
+            logits = InFloat32(graph).run(*given).float().cpu()
     except Exception:  # any code of the author's: what does not compute in float32 stays different
         return False
     return distance(logits, wanted, torch.float32) <= _TOLERANCE[torch.float32]
-
-
-class _InFloat32(Interpreter):
-    """Computes a graph of half precision with the same weights in float32."""
-
-    def fetch_attr(self, target: str) -> Any:
-        value = super().fetch_attr(target)
-        return value.float() if isinstance(value, torch.Tensor) and value.dtype in HALF else value
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = pytree.tree_map(
-            lambda value: torch.float32 if isinstance(value, torch.dtype) and value in HALF else value, (args, kwargs)
-        )
-        return super().call_function(target, args, kwargs)
 
 
 def distance(logits: torch.Tensor, wanted: torch.Tensor, dtype: torch.dtype) -> float:

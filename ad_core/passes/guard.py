@@ -16,12 +16,12 @@ from torch.fx import GraphModule, Interpreter, Node
 from ad_core.api.errors import NumericGuardError
 from ad_core.api.types import Safety
 from ad_core.graph.edit import is_op, tensor_at, tensors_read
+from ad_core.graph.float32 import HALF, InFloat32
 from ad_core.graph.probe import random_tensor
 
 SHAPE = (2, 9)
 """Batch and length of the sample."""
 
-_HALF = (torch.bfloat16, torch.float16)
 _TOLERANCE: Mapping[Safety, tuple[float, float]] = {"exact": (1e-5, 1e-2), "reordered": (1e-4, 3e-2), "lossy": (0.25, 0.25)}
 """By safety, in float32 and in half precision: the largest difference over the largest value; for lossy passes the root mean square of
 the difference over that of the values."""
@@ -68,8 +68,8 @@ class NumericGuard:
         if isinstance(inputs, Inert):
             return inputs
         with torch.no_grad():
-            outputs = _Runner(graph, bool(made_up), device).run(*inputs, enable_io_processing=False)
-        half = not made_up and any(tensor.dtype in _HALF for tensor in weights.values())
+            outputs = (_MadeUp if made_up else _Runner)(graph).run(*inputs, enable_io_processing=False)
+        half = not made_up and any(tensor.dtype in HALF for tensor in weights.values())
         return Sample(tuple(value.float() for value in _tensors(outputs)), made_up, frozenset(weights.keys() - made_up.keys()), half)
 
     def compare(
@@ -120,32 +120,21 @@ class NumericGuard:
 
 
 class _Runner(Interpreter):
-    """Runs a graph node by node. With `made_up` weights, on the CPU and in float32 whatever the graph says."""
-
-    def __init__(self, graph: GraphModule, made_up: bool, device: torch.device):
-        super().__init__(graph)
-        self._made_up, self._device = made_up, device
-        self._graph = graph
-
-    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
-        tensor = tensor_at(self._graph, str(target))
-        assert tensor is not None
-        if tensor.is_meta:
-            return _random(str(target), tensor)
-        return tensor.float() if self._made_up and tensor.dtype in _HALF else tensor
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if self._made_up:
-            args, kwargs = torch.fx.node.map_aggregate((args, kwargs), self._constant)
-        return super().call_function(target, args, kwargs)
+    """Runs a graph node by node."""
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         return None  # the guards of export; no other module is in a graph
 
-    def _constant(self, value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return self._device
-        return torch.float32 if value in _HALF and isinstance(value, torch.dtype) else value
+
+class _MadeUp(_Runner, InFloat32):
+    """The same on the CPU and in float32, with numbers for the weights that have none."""
+
+    def fetch_attr(self, target: str) -> Any:
+        value = super().fetch_attr(target)
+        return _random(target, value) if isinstance(value, torch.Tensor) and value.is_meta else value
+
+    def constant(self, value: Any) -> Any:
+        return torch.device("cpu") if isinstance(value, torch.device) else super().constant(value)
 
 
 def _random(path: str, like: torch.Tensor) -> torch.Tensor:
