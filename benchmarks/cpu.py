@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import itertools
 import json
 import os
 import platform
@@ -17,21 +16,20 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import report
 from peers.client import BENCHMARKS
 from peers.contest import AGREED_AT_LEAST, ENGINES, PROBE_TOKENS, SHORT, Contest, Findings, Workload
+from peers.record import git, hardware, new_path, versions
 from peers.tally import BY_NAME, CASES, OURS, Target, judge, rows, spread
 
-RESULTS = BENCHMARKS / "results"
 DEFAULT_MODEL = "SmolLM2-135M-Instruct.Q4_1.gguf"
 WEIGHTS = "AD_BENCHMARK_MODEL"
 """Environment variable with the path of the GGUF, where neither the option nor .weights/ has it."""
 
-PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "ad-core", "ad-attention")
+PACKAGES = ("torch", "transformers", "llama-cpp-python", "gguf", "ad-core", "ad-attention", "ad-fusion")
 TARGETS = (
     Target("decode", 1, 1.1, "hf"),
     Target("decode", 2, 1.2, "hf"),
@@ -56,7 +54,7 @@ def main() -> None:
             contest = Contest(model, manifest, threads, workload, findings, say=lambda line: print(line, file=sys.stderr, flush=True))
             contest.run(arguments.cases, arguments.rounds, arguments.cold_rounds)
     result = _document(findings, manifest, workload, arguments, load_before)
-    path = arguments.out or _new_path(result)
+    path = arguments.out or new_path(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     _show(result, path)
@@ -119,9 +117,9 @@ def _document(
         "schema": 1,
         "suite": "cpu",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": _git(),
-        "hw": _hardware() | {"load_before": round(load_before, 2)},
-        "sw": {"python": platform.python_version()} | _versions(*PACKAGES),
+        "git": git(),
+        "hw": hardware() | {"load_before": round(load_before, 2)},
+        "sw": {"python": platform.python_version()} | versions(*PACKAGES),
         "model": {"source": manifest["source"], "dtype": "bf16", "tensors_compared": manifest["tensors_compared"]},
         "workload": asdict(workload) | {"rounds": arguments.rounds, "cold_rounds": arguments.cold_rounds},
         "engines": findings.engines,
@@ -132,45 +130,6 @@ def _document(
         "targets": [judge(target, measured) for target in wished],
         "phases": {str(threads): phases for threads, phases in findings.phases.items()},
     }
-
-
-def _git() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=BENCHMARKS, capture_output=True, text=True).stdout.strip()
-
-    code = ("../ad_core", "../plugins", "cpu.py", "peers")
-    return {"commit": git("rev-parse", "--short=10", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain", "--", *code))}
-
-
-def _hardware() -> dict[str, Any]:
-    fields = [line.partition(":")[::2] for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
-    known: dict[str, str] = {key.strip(): value.strip() for key, value in fields}
-    features = {"avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16"} & set(known.get("flags", "").split())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {
-        "cpu": known.get("model name", platform.processor()),
-        "family": f"{known.get('cpu family', '?')}/{known.get('model', '?')}",
-        "ncores": os.cpu_count(),
-        "features": sorted(features),
-        "mem_gb": round(memory / 2**30, 1),
-    }
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found = {}
-    for name in names:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
-
-
-def _new_path(result: dict[str, Any], suite: str = "cpu") -> Path:
-    """A file of its own for each run: results are only ever added."""
-    stem = f"{result['when'][:10]}-{suite}-{result['git']['commit']}"
-    names = itertools.chain([f"{stem}.json"], (f"{stem}-{number}.json" for number in itertools.count(2)))
-    return next(RESULTS / name for name in names if not (RESULTS / name).exists())
 
 
 def _show(result: dict[str, Any], path: Path) -> None:

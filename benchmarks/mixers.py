@@ -23,14 +23,14 @@ from statistics import median
 from typing import Any
 
 import report
-from cpu import _git, _hardware, _new_path, _versions
 from peers.client import BENCHMARKS
 from peers.contest import PROBE_TOKENS, Contest, Findings, Workload
+from peers.record import git, hardware, new_path, versions
 from peers.tally import BY_NAME, OURS, Target, judge, rows, spread
 
 ENGINES = {"ours": "ours", "hf": "hf_generate"}
 CASES = ("decode", "prefill", "concurrent")
-PACKAGES = ("torch", "transformers", "ad-core", "ad-attention", "ad-conv", "ad-mamba", "ad-moe")
+PACKAGES = ("torch", "transformers", "ad-core", "ad-attention", "ad-conv", "ad-mamba", "ad-moe", "ad-fusion")
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba2": (
         "mamba2",
@@ -73,13 +73,13 @@ def main() -> None:
         "schema": 1,
         "suite": "mixers",
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": _git(),
-        "hw": _hardware() | {"load_before": round(load_before, 2)},
-        "sw": {"python": platform.python_version()} | _versions(*PACKAGES),
+        "git": git(),
+        "hw": hardware() | {"load_before": round(load_before, 2)},
+        "sw": {"python": platform.python_version()} | versions(*PACKAGES),
         "workload": asdict(Workload()) | {"rounds": arguments.rounds, "threads": arguments.threads},
         "models": models,
     }
-    path = arguments.out or _new_path(result, "mixers")
+    path = arguments.out or new_path(result)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     print(report.mixers_table(result))
